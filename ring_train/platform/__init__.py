@@ -1,0 +1,12 @@
+"""Makes megatron-core run where there is no CUDA. Import this before anything of megatron.
+
+Unusual: importing it imports megatron.core and replaces a few functions of torch.cuda and of
+megatron-core for the life of the process (see `cpu.py`). Where CUDA is available it does nothing.
+"""
+
+from ring_train.platform.cpu import install
+
+IS_CPU = install()
+"""True where this process has no CUDA device and runs megatron-core on the CPU and gloo."""
+
+__all__ = ["IS_CPU"]

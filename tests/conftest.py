@@ -1,0 +1,163 @@
+"""Fixtures of all tests, above all `on_ranks`, which runs a function on forked gloo ranks.
+
+Unusual: ranks are forks of the pytest process, which has imported torch and megatron-core once, so
+a test on two ranks costs about a second. Only tests that ask for `on_ranks` pay for that import.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+DEFAULT_TIMEOUT_S = 60.0
+
+
+class OnRanks(Protocol):
+    """The type of the `on_ranks` fixture."""
+
+    def __call__(
+        self,
+        num_ranks: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[Any]:
+        """Run `function(*args)` on forked ranks of a gloo world; return its results by rank.
+
+        torch.distributed is initialised and RANK, WORLD_SIZE and their like are set; megatron's
+        groups are not: the function calls `start_runtime(plan)`, as often as it likes. Results must
+        be picklable (convert tensors with care: they are copied). The first exception of a rank is
+        raised here with its traceback, and the other ranks are killed.
+        """
+        ...
+
+
+class RankError(AssertionError):
+    """A rank raised, died or ran out of time."""
+
+
+@pytest.fixture(scope="session")
+def warm_megatron() -> None:
+    """megatron-core is imported, and works without CUDA."""
+    import torch
+
+    import ring_train.runtime  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def on_ranks(warm_megatron: None, tmp_path: Path) -> OnRanks:
+    """See OnRanks."""
+    counter = iter(range(1_000_000))
+
+    def run(
+        num_ranks: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[Any]:
+        store = tmp_path / f"rendezvous_{next(counter)}"
+        return _run_ranks(num_ranks, store, lambda: function(*args), timeout_s)
+
+    return run
+
+
+def _run_ranks(
+    num_ranks: int, store: Path, body: Callable[[], Any], timeout_s: float
+) -> list[Any]:
+    context = multiprocessing.get_context("fork")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    readers, processes = [], []
+    for rank in range(num_ranks):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(rank, num_ranks, store, body, writer))
+        process.start()
+        writer.close()
+        readers.append(reader)
+        processes.append(process)
+    try:
+        return _collect(readers, time.monotonic() + timeout_s, timeout_s)
+    finally:
+        for process in processes:
+            process.join(timeout=0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(
+    readers: list[multiprocessing.connection.Connection], deadline: float, timeout_s: float
+) -> list[Any]:
+    """Return one result per rank; raise RankError at the first failure."""
+    waiting = {reader: rank for rank, reader in enumerate(readers)}
+    results: dict[int, Any] = {}
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            ranks = sorted(waiting.values())
+            raise RankError(f"ranks {ranks} of {len(readers)} not finished after {timeout_s:.0f} s")
+        # A failing rank tears connections of others: those that say why come first.
+        failures = []
+        for reader in ready:
+            rank = waiting.pop(reader)
+            try:
+                succeeded, value = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                succeeded, value = False, "died without a word (killed, or a crash in native code)"
+            if succeeded:
+                results[rank] = value
+            else:
+                failures.append(f"rank {rank} of {len(readers)}: {value}")
+        if failures:
+            raise RankError("\n".join(failures))
+    return [results[rank] for rank in range(len(readers))]
+
+
+def _child(
+    rank: int,
+    num_ranks: int,
+    store: Path,
+    body: Callable[[], Any],
+    writer: multiprocessing.connection.Connection,
+) -> None:
+    """Run one rank and leave by os._exit: no teardown of pytest, no atexit of the parent."""
+    status = 1
+    try:
+        message = (True, _run_in_world(rank, num_ranks, store, body))
+        payload = pickle.dumps(message)
+        status = 0
+    except BaseException:
+        payload = pickle.dumps((False, traceback.format_exc()))
+    with contextlib.suppress(BaseException):
+        writer.send_bytes(payload)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _run_in_world(rank: int, num_ranks: int, store: Path, body: Callable[[], Any]) -> Any:
+    import torch.distributed as dist
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    result = body()
+    # A rank that leaves early would tear the connections under the others.
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
