@@ -1,0 +1,1 @@
+"""Pure tensor functions: reference and fast forms. No megatron, no modules, no process groups."""

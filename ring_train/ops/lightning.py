@@ -1,0 +1,343 @@
+"""Lightning attention (linear attention, one constant decay per head) over packed documents.
+
+    S_t = exp(-slope) * S_{t-1} + k_t^T v_t        S = 0 before the first token of each document
+    o_t = scale * q_t S_t
+
+Unusual here:
+- A row is cut into chunks at fixed positions, regardless of documents; masks of exact zeros keep
+  documents apart. The cost depends on the tokens of the row alone, not on how they are packed.
+- Decays are exp(-slope * distance) of distances >= 0, never a quotient of two exponentials, so no
+  slope or length overflows.
+- Chunk states are scanned by matrix products over blocks of chunks, recursively over blocks.
+- Inputs below fp32 are computed in fp32, fp64 in fp64. Slopes have no gradient.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ring_train.ops.documents import document_indices, document_lengths
+from ring_train.ops.precision import compute_dtype
+
+SCAN_BLOCK = 64
+"""Chunks that one matrix product scans; more are scanned in blocks of this many."""
+
+
+def lightning_attention(
+    q: Float[Tensor, "t n d"],
+    k: Float[Tensor, "t n d"],
+    v: Float[Tensor, "t n dv"],
+    slopes: Float[Tensor, " n"],
+    *,
+    cu_seqlens: Int[Tensor, " boundaries"],
+    lengths: tuple[int, ...] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "documents n d dv"] | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "t n dv"], Float[Tensor, "documents n d dv"] | None]:
+    """Return the output in the dtype of `q`, and the fp32 (fp64) state after each document or None.
+
+    No value of one document reaches another one, in the output or in a gradient: what a document
+    gets is bit-equal whatever its neighbours hold.
+
+    Args:
+        q, k, v: one packed row.
+        slopes: decay rates > 0 of these heads, see `decay_slopes`.
+        cu_seqlens: [documents + 1], from 0 to t, strictly increasing.
+        lengths: host copy of the document lengths; avoids a device sync.
+        scale: of the queries, default d ** -0.5.
+        initial_state: state before each document.
+        output_final_state: whether to compute the final states.
+        chunk_size: tokens per chunk; changes rounding and speed only.
+    """
+    _check_inputs(q, k, v, slopes)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 or 128")
+    lengths = document_lengths(cu_seqlens, q.shape[0], lengths)
+    _check_state(initial_state, (len(lengths), *q.shape[1:], v.shape[2]))
+    dtype = compute_dtype(q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    documents = document_indices(cu_seqlens, q.shape[0]) if len(lengths) > 1 else None
+    rates = slopes.detach().double()
+    output = _ChunkedAttention.apply(q, k, v, rates, documents, scale, chunk_size)
+    if initial_state is not None:
+        carried = _read_initial(q.to(dtype), rates, lengths, initial_state.to(dtype))
+        output = output + scale * carried
+    final_state = None
+    if output_final_state:
+        final_state = _final_state(k.to(dtype), v.to(dtype), rates, lengths, initial_state)
+    return output.to(q.dtype), final_state
+
+
+def lightning_attention_step(
+    q: Float[Tensor, "b n d"],
+    k: Float[Tensor, "b n d"],
+    v: Float[Tensor, "b n dv"],
+    slopes: Float[Tensor, " n"],
+    state: Float[Tensor, "b n d dv"],
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "b n dv"], Float[Tensor, "b n d dv"]]:
+    """Return the output of one token per sequence in the dtype of `q`, and the new states."""
+    _check_inputs(q, k, v, slopes)
+    _check_state(state, (*q.shape, v.shape[2]))
+    dtype = compute_dtype(q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    decay = torch.exp(-slopes.detach().double()).to(dtype)[:, None, None]  # [n, 1, 1]
+    state = state.to(dtype) * decay + k.to(dtype).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
+    output = (scale * q.to(dtype)).unsqueeze(-2) @ state  # [b, n, 1, dv]
+    return output.squeeze(-2).to(q.dtype), state
+
+
+def lightning_attention_recurrent_reference(
+    q: Float[Tensor, "t n d"],
+    k: Float[Tensor, "t n d"],
+    v: Float[Tensor, "t n dv"],
+    slopes: Float[Tensor, " n"],
+    *,
+    cu_seqlens: Int[Tensor, " boundaries"],
+    scale: float | None = None,
+    initial_state: Float[Tensor, "documents n d dv"] | None = None,
+) -> tuple[Float[Tensor, "t n dv"], Float[Tensor, "documents n d dv"]]:
+    """Return what `lightning_attention` returns, token by token: the oracle."""
+    lengths = document_lengths(cu_seqlens, q.shape[0], None)
+    dtype = compute_dtype(q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    decay = torch.exp(-slopes.to(dtype))[:, None, None]
+    outputs, states, token = [], [], 0
+    for document, length in enumerate(lengths):
+        state = torch.zeros(*q.shape[1:], v.shape[2], dtype=dtype, device=q.device)
+        if initial_state is not None:
+            state = initial_state[document].to(dtype)
+        for _ in range(length):
+            state = decay * state + k[token].to(dtype)[..., None] * v[token].to(dtype)[:, None, :]
+            outputs.append(scale * torch.einsum("nd,nde->ne", q[token].to(dtype), state))
+            token += 1
+        states.append(state)
+    return torch.stack(outputs).to(q.dtype), torch.stack(states)
+
+
+class _Weights(NamedTuple):
+    """Decay weights of one chunked row, exact zeros between documents."""
+
+    inside: Float[Tensor, "n chunks_or_1 c c"]
+    """Of key j for query r of the same chunk."""
+    read: Float[Tensor, "n chunks_or_1 c 1"]
+    """Of the state before the chunk for query r."""
+    write: Float[Tensor, "n chunks_or_1 c 1"]
+    """Of key r in the state after the chunk."""
+    first: Int[Tensor, " chunks"]
+    """Document of the first token of each chunk."""
+    last: Int[Tensor, " chunks"]
+    """Document of the last token of each chunk."""
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Output in the compute dtype; saves the inputs and the state before each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor,
+        documents: Tensor | None,
+        scale: float,
+        chunk_size: int,
+    ) -> Tensor:
+        dtype = compute_dtype(q.dtype)
+        weights = _make_weights(rates, documents, q.shape[0], chunk_size, dtype)
+        qc, kc, vc = (_to_chunks(x, chunk_size, dtype) for x in (q, k, v))
+        qc.mul_(scale)
+        updates = (kc * weights.write).mT @ vc  # [n, chunks, d, dv]
+        states = _scan(updates, rates * chunk_size, weights, reverse=False)
+        scores = (qc @ kc.mT).mul_(weights.inside)  # [n, chunks, c, c]
+        output = scores @ vc + (qc * weights.read) @ states  # [n, chunks, c, dv]
+        ctx.save_for_backward(q, k, v, rates, documents, states)
+        ctx.scale, ctx.chunk_size = scale, chunk_size
+        return _to_row(output, q.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, rates, documents, states = ctx.saved_tensors
+        num_tokens, chunk_size, dtype = q.shape[0], ctx.chunk_size, grad.dtype
+        weights = _make_weights(rates, documents, num_tokens, chunk_size, dtype)
+        qc, kc, vc, gc = (_to_chunks(x, chunk_size, dtype) for x in (q, k, v, grad))
+        gc.mul_(ctx.scale)
+        read_grad = (qc * weights.read).mT @ gc  # [n, chunks, d, dv]
+        write_grad = _scan(read_grad, rates * chunk_size, weights, reverse=True)
+        score_grad = (gc @ vc.mT).mul_(weights.inside)  # [n, chunks, c, c]
+        scores = (qc @ kc.mT).mul_(weights.inside)
+        q_grad = score_grad @ kc + (gc @ states.mT).mul_(weights.read)
+        k_grad = score_grad.mT @ qc + (vc @ write_grad.mT).mul_(weights.write)
+        v_grad = scores.mT @ gc + (kc @ write_grad).mul_(weights.write)
+        row = (_to_row(x, num_tokens).to(q.dtype) for x in (q_grad, k_grad, v_grad))
+        return *row, None, None, None, None
+
+
+def _make_weights(
+    rates: Float[Tensor, " n"],
+    documents: Int[Tensor, " t"] | None,
+    num_tokens: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> _Weights:
+    """Return the weights of a row; without `documents` it is one document."""
+    chunks = -(-num_tokens // chunk_size)
+    place = torch.arange(chunk_size, device=rates.device)
+    inside = _decay(rates, place[:, None] - place[None, :], dtype).unsqueeze(1)  # [n, 1, c, c]
+    read = _decay(rates, place + 1, dtype)[:, None, :, None]  # [n, 1, c, 1]
+    write = _decay(rates, chunk_size - 1 - place, dtype)[:, None, :, None]
+    if documents is None:
+        one = torch.zeros(chunks, dtype=torch.int64, device=rates.device)
+        return _Weights(inside, read, write, one, one)
+    padded = torch.cat([documents, documents[-1:].expand(chunks * chunk_size - num_tokens)])
+    padded = padded.view(chunks, chunk_size)
+    first, last = padded[:, :1], padded[:, -1:]
+    same = padded[:, :, None] == padded[:, None, :]  # [chunks, c, c]
+    return _Weights(
+        inside * same,
+        read * (padded == first)[:, :, None],
+        write * (padded == last)[:, :, None],
+        first.squeeze(1),
+        last.squeeze(1),
+    )
+
+
+def _decay(
+    rates: Float[Tensor, " n"], distance: Int[Tensor, "..."], dtype: torch.dtype
+) -> Float[Tensor, "n ..."]:
+    """Return exp(-rate * distance), 0 for a distance < 0, rounded once from float64."""
+    rates = rates.view(-1, *(1 for _ in distance.shape))
+    return (torch.exp(-rates * distance.clamp(min=0)) * (distance >= 0)).to(dtype)
+
+
+def _scan(
+    updates: Float[Tensor, "n chunks d dv"],
+    rates: Float[Tensor, " n"],
+    weights: _Weights,
+    *,
+    reverse: bool,
+) -> Float[Tensor, "n chunks d dv"]:
+    """Return the state before each chunk from each chunk's update; `reverse`: the transpose."""
+    states = _scan_flat(updates.flatten(2), rates, weights.first, weights.last, reverse)
+    return states.view_as(updates)
+
+
+def _scan_flat(
+    updates: Float[Tensor, "n chunks m"],
+    rates: Float[Tensor, " n"],
+    first: Int[Tensor, " chunks"],
+    last: Int[Tensor, " chunks"],
+    reverse: bool,
+) -> Float[Tensor, "n chunks m"]:
+    """Scan rows that decay by `rates` per row; row a reaches row b > a if last[a] == first[b]."""
+    heads, chunks, width = updates.shape
+    if chunks <= SCAN_BLOCK:
+        return _transfer(rates, first, last, updates.dtype, reverse) @ updates
+    blocks = -(-chunks // SCAN_BLOCK)
+    padding = blocks * SCAN_BLOCK - chunks
+    updates = F.pad(updates, (0, 0, 0, padding)).view(heads, blocks, SCAN_BLOCK, width)
+    first = torch.cat([first, last[-1:].expand(padding)]).view(blocks, SCAN_BLOCK)
+    last = torch.cat([last, last[-1:].expand(padding)]).view(blocks, SCAN_BLOCK)
+    place = torch.arange(SCAN_BLOCK, device=updates.device)
+    read = _decay(rates, place, updates.dtype)[:, None] * (first == first[:, :1])
+    write = _decay(rates, SCAN_BLOCK - 1 - place, updates.dtype)[:, None] * (last == last[:, -1:])
+    if reverse:
+        read, write = write, read
+    block_updates = (write.unsqueeze(2) @ updates).squeeze(2)  # [n, blocks, m]
+    carried = _scan_flat(block_updates, rates * SCAN_BLOCK, first[:, 0], last[:, -1], reverse)
+    states = _transfer(rates, first, last, updates.dtype, reverse) @ updates
+    states.addcmul_(read.unsqueeze(3), carried.unsqueeze(2))
+    return states.view(heads, -1, width)[:, :chunks]
+
+
+def _transfer(
+    rates: Float[Tensor, " n"],
+    first: Int[Tensor, "*blocks chunks"],
+    last: Int[Tensor, "*blocks chunks"],
+    dtype: torch.dtype,
+    reverse: bool,
+) -> Float[Tensor, "n *blocks chunks chunks"]:
+    """Return the weight of row a's update in the state before row b (transposed if `reverse`)."""
+    place = torch.arange(first.shape[-1], device=first.device)
+    decay = _decay(rates, place[:, None] - 1 - place[None, :], dtype)
+    decay = decay.view(-1, *(1 for _ in first.shape[1:]), *decay.shape[1:])
+    transfer = decay * (first[..., :, None] == last[..., None, :])
+    return transfer.mT if reverse else transfer
+
+
+def _to_chunks(
+    x: Float[Tensor, "t n d"], chunk_size: int, dtype: torch.dtype
+) -> Float[Tensor, "n chunks c d"]:
+    """Return a fresh copy of a row in chunks, the last one filled with zeros."""
+    num_tokens, heads, dim = x.shape
+    chunks = -(-num_tokens // chunk_size)
+    out = x.new_empty(heads, chunks * chunk_size, dim, dtype=dtype)
+    out[:, :num_tokens].copy_(x.transpose(0, 1))
+    out[:, num_tokens:].zero_()
+    return out.view(heads, chunks, chunk_size, dim)
+
+
+def _to_row(x: Float[Tensor, "n chunks c d"], num_tokens: int) -> Float[Tensor, "t n d"]:
+    return x.flatten(1, 2)[:, :num_tokens].transpose(0, 1).contiguous()
+
+
+def _read_initial(
+    q: Float[Tensor, "t n d"],
+    rates: Float[Tensor, " n"],
+    lengths: tuple[int, ...],
+    state: Float[Tensor, "documents n d dv"],
+) -> Float[Tensor, "t n dv"]:
+    """Return what each token reads from the state before its document."""
+    outputs = []
+    for part, before in zip(q.split(lengths), state, strict=True):
+        age = torch.arange(1, part.shape[0] + 1, device=q.device)
+        weight = _decay(rates, age, q.dtype).mT.unsqueeze(2)  # [t, n, 1]
+        outputs.append(torch.einsum("tnd,nde->tne", part * weight, before))
+    return torch.cat(outputs)
+
+
+def _final_state(
+    k: Float[Tensor, "t n d"],
+    v: Float[Tensor, "t n dv"],
+    rates: Float[Tensor, " n"],
+    lengths: tuple[int, ...],
+    initial_state: Float[Tensor, "documents n d dv"] | None,
+) -> Float[Tensor, "documents n d dv"]:
+    """Return the state after the last token of each document."""
+    states = []
+    for document, (key, value) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
+        length = key.shape[0]
+        age = torch.arange(length - 1, -1, -1, device=k.device)
+        weight = _decay(rates, age, k.dtype).mT.unsqueeze(2)  # [t, n, 1]
+        state = torch.einsum("tnd,tne->nde", key * weight, value)
+        if initial_state is not None:
+            kept = torch.exp(-rates * length).to(k.dtype)[:, None, None]
+            state = state + kept * initial_state[document].to(k.dtype)
+        states.append(state)
+    return torch.stack(states)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
+    shapes = f"q={tuple(q.shape)}, k={tuple(k.shape)}, v={tuple(v.shape)}"
+    if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"{shapes} are not [t, n, d], [t, n, d], [t, n, dv]; see the docstring")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
+    if slopes.shape != q.shape[1:2]:
+        raise ValueError(
+            f"slopes={tuple(slopes.shape)} do not match the {q.shape[1]} heads of {shapes}; shard "
+            "the slopes of the layer like its heads"
+        )
+    compute_dtype(q.dtype)
+
+
+def _check_state(state: Tensor | None, shape: tuple[int, ...]) -> None:
+    if state is not None and tuple(state.shape) != shape:
+        raise ValueError(f"state={tuple(state.shape)} is not {shape}; give one state per document")

@@ -1,0 +1,178 @@
+"""Sigmoid routing with group-limited top-k, its margin, z-loss and expert-bias update.
+
+Scores for the choice are probability plus expert bias; the weights use the probability alone.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ring_train.ops.precision import compute_dtype
+
+_SUM_FLOOR = 1e-20
+
+
+def group_limited_topk(
+    scores_for_choice: Float[Tensor, "t e"],
+    *,
+    topk: int,
+    num_groups: int | None,
+    group_topk: int | None,
+) -> Int[Tensor, "t k"]:
+    """Return the `topk` experts of each token, best first, from its `group_topk` best groups.
+
+    A group is a run of e / num_groups experts; its score is the sum of its topk // group_topk
+    largest. Without groups this is a plain top-k.
+
+    Source: inclusionAI/Ling-V2 @ af8837e `modeling_bailing_moe_v2.py`, BailingMoeV2Gate (which
+    fixes 2 per group); megatron-core `transformer/moe/moe_utils.py`.
+    """
+    _check_groups(scores_for_choice.shape[-1], topk, num_groups, group_topk)
+    if num_groups is not None and group_topk is not None:
+        group_scores = _group_scores(scores_for_choice, topk // group_topk, num_groups)
+        kept = _chosen(group_scores, group_scores.topk(group_topk, dim=-1).indices)
+        scores_for_choice = _without_groups(scores_for_choice, ~kept)
+    return scores_for_choice.topk(topk, dim=-1).indices
+
+
+def sigmoid_routing(
+    logits: Float[Tensor, "t e"],
+    expert_bias: Float[Tensor, " e"] | None,
+    *,
+    topk: int,
+    num_groups: int | None,
+    group_topk: int | None,
+    scaling_factor: float,
+) -> tuple[Float[Tensor, "t e"], Bool[Tensor, "t e"]]:
+    """Return the weight of every expert (0 where not chosen, fp32 or fp64) and the routing map.
+
+    The weights of a token are its chosen sigmoids over (their sum + 1e-20), times
+    `scaling_factor`; for topk = 1 they are not divided, else the router had no gradient. The bias
+    moves the choice only. Differentiable in `logits`.
+    """
+    if expert_bias is not None and expert_bias.shape != logits.shape[-1:]:
+        raise ValueError(
+            f"expert_bias={tuple(expert_bias.shape)} does not match logits={tuple(logits.shape)}; "
+            "give one bias per expert"
+        )
+    scores = torch.sigmoid(logits.to(compute_dtype(logits.dtype)))
+    with torch.no_grad():
+        biased = scores if expert_bias is None else scores + expert_bias
+        indices = group_limited_topk(
+            biased, topk=topk, num_groups=num_groups, group_topk=group_topk
+        )
+    chosen = scores.gather(-1, indices)  # [t, k]
+    if topk > 1:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + _SUM_FLOOR)
+    weights = torch.zeros_like(scores).scatter(-1, indices, scaling_factor * chosen)
+    return weights, _chosen(scores, indices)
+
+
+def routing_margin(
+    scores_for_choice: Float[Tensor, "t e"],
+    *,
+    topk: int,
+    num_groups: int | None,
+    group_topk: int | None,
+) -> Float[Tensor, ""]:
+    """Return the smallest gap of any token between a chosen and a rejected expert or group.
+
+    Experts are compared within the kept groups. Rounding far below this flips no expert; inf where
+    nothing is rejected.
+    """
+    _check_groups(scores_for_choice.shape[-1], topk, num_groups, group_topk)
+    margin = scores_for_choice.new_tensor(torch.inf)
+    if num_groups is not None and group_topk is not None:
+        group_scores = _group_scores(scores_for_choice, topk // group_topk, num_groups)
+        margin = torch.minimum(margin, _gap(group_scores, group_topk))
+        kept = _chosen(group_scores, group_scores.topk(group_topk, dim=-1).indices)
+        scores_for_choice = _without_groups(scores_for_choice, ~kept)
+    return torch.minimum(margin, _gap(scores_for_choice, topk))
+
+
+def z_loss_sum(
+    logits: Float[Tensor, "t e"], mask: Bool[Tensor, " t"] | None = None
+) -> Float[Tensor, ""]:
+    """Return the sum of logsumexp(logits) ** 2 over the tokens where `mask` is true, fp32 or fp64.
+
+    The caller divides by the global number of tokens and multiplies by the coefficient.
+    """
+    if mask is not None and mask.shape != logits.shape[:1]:
+        raise ValueError(
+            f"mask={tuple(mask.shape)} does not match logits={tuple(logits.shape)}; give one flag "
+            "per token"
+        )
+    squares = torch.logsumexp(logits.to(compute_dtype(logits.dtype)), dim=-1).square()
+    return squares.sum() if mask is None else squares.masked_fill(~mask, 0.0).sum()
+
+
+def expert_bias_update(
+    bias: Float[Tensor, "*layers e"],
+    counts: Int[Tensor, "*layers e"],
+    *,
+    rate: float,
+    zero_mean: bool,
+) -> Float[Tensor, "*layers e"]:
+    """Return the bias after one optimizer step, moved by `rate` towards the starved experts.
+
+    The direction is sign(mean(counts) - counts), from integers alone, so every rank and layout
+    agrees on it.
+
+    Args:
+        bias: fp32 expert bias.
+        counts: int64 tokens of each expert in the global batch.
+        rate: step of one update.
+        zero_mean: subtract the mean direction of the layer, so that the mean bias stays.
+    """
+    if counts.shape != bias.shape or counts.is_floating_point():
+        raise ValueError(
+            f"counts {tuple(counts.shape)} {counts.dtype} do not fit bias={tuple(bias.shape)}; "
+            "give one integer per expert"
+        )
+    counts = counts.long()
+    excess = counts.shape[-1] * counts - counts.sum(-1, keepdim=True)
+    direction = -torch.sign(excess).to(bias.dtype)
+    if zero_mean:
+        direction = direction - direction.mean(-1, keepdim=True)
+    return bias + rate * direction
+
+
+def _check_groups(experts: int, topk: int, num_groups: int | None, group_topk: int | None) -> None:
+    given = f"topk={topk} of {experts} experts, num_groups={num_groups}, group_topk={group_topk}"
+    if not 1 <= topk <= experts:
+        raise ValueError(f"{given}: topk is not within the experts; choose 1 to {experts}")
+    if (num_groups is None) != (group_topk is None):
+        raise ValueError(f"{given}: groups need both numbers; give both or neither")
+    if num_groups is None or group_topk is None:
+        return
+    if num_groups < 1 or experts % num_groups or not 1 <= group_topk <= num_groups:
+        raise ValueError(
+            f"{given}: choose num_groups that divides the experts, and group_topk from 1 to it"
+        )
+    group_size = experts // num_groups
+    if not 1 <= topk // group_topk <= group_size or group_topk * group_size < topk:
+        raise ValueError(
+            f"{given}: topk // group_topk must be 1 to {group_size} experts of a group, and "
+            "topk must fit in the kept groups"
+        )
+
+
+def _group_scores(scores: Tensor, per_group: int, num_groups: int) -> Float[Tensor, "t groups"]:
+    return scores.unflatten(-1, (num_groups, -1)).topk(per_group, dim=-1).values.sum(-1)
+
+
+def _without_groups(scores: Tensor, dropped: Bool[Tensor, "t groups"]) -> Float[Tensor, "t e"]:
+    grouped = scores.unflatten(-1, (dropped.shape[-1], -1))
+    return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def _chosen(scores: Tensor, indices: Int[Tensor, "t k"]) -> Bool[Tensor, "t e"]:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, True)
+
+
+def _gap(scores: Float[Tensor, "t e"], chosen: int) -> Float[Tensor, ""]:
+    """Return the smallest difference of the `chosen`-th and the next largest score of any token."""
+    if chosen == scores.shape[-1] or not scores.shape[0]:
+        return scores.new_tensor(torch.inf)
+    best = scores.topk(chosen + 1, dim=-1).values
+    return (best[:, -2] - best[:, -1]).min()
