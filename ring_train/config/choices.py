@@ -1,0 +1,48 @@
+"""The closed sets of words that a config may contain. Member name and value are the same word."""
+
+from enum import StrEnum, auto
+
+
+class Architecture(StrEnum):
+    """Hugging Face family whose folder layout, names and numerics a model follows."""
+
+    bailing_moe = auto()
+    """Ling-lite, Ring-lite: softmax router, no QK-norm, normalised lm_head."""
+    bailing_moe_v2 = auto()
+    """Ling 2.0: softmax attention, sigmoid router with expert bias."""
+    bailing_moe_linear_v2 = auto()
+    """Ring-linear 2.0: the same with lightning attention in most layers."""
+
+
+class DecayLayerRule(StrEnum):
+    """How the decay of lightning attention depends on the 0-based layer index l of L layers."""
+
+    zero_based = auto()
+    """Factor 1 - l / (L - 1) + 1e-5."""
+    shifted = auto()
+    """Factor 1 - (l - 1) / (L - 1) + 1e-5."""
+
+
+class ScoreFunction(StrEnum):
+    """What turns router logits into the scores that experts are selected by."""
+
+    sigmoid = auto()
+    softmax = auto()
+
+
+class LrDecayStyle(StrEnum):
+    """Shape of the learning rate after warmup."""
+
+    constant = auto()
+    """Stays at `lr`."""
+    cosine = auto()
+    """Half a cosine from `lr` to `min_lr`, ending with the last step."""
+    wsd = auto()
+    """Stays at `lr`, then falls linearly to `min_lr` over the last `wsd_decay_steps` steps."""
+
+
+class Precision(StrEnum):
+    """Dtype of weights and activations; master weights and moments are fp32 in both."""
+
+    fp32 = auto()
+    bf16 = auto()

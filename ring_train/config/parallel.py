@@ -1,0 +1,21 @@
+"""How the model is spread over ranks. Every name is megatron-core's."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism; data parallelism is what remains of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank; null = 1, without interleaving."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share one set of routed experts."""
+    expert_tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool | None = None
+    """Shard activations between tensor-parallel regions; null = wherever tensor parallelism is."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""

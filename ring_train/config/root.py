@@ -1,0 +1,98 @@
+"""Root nodes: one per command, named like its file in `conf/`.
+
+Nested nodes have no default: the defaults list of the root's YAML chooses them.
+"""
+
+from dataclasses import dataclass
+
+from ring_train.config.choices import DecayLayerRule, Precision
+from ring_train.config.data import DataConfig
+from ring_train.config.model import ModelConfig
+from ring_train.config.optim import OptimConfig
+from ring_train.config.parallel import ParallelConfig
+from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One pretraining run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    run_dir: str
+    """Folder of the run; the same folder resumes the run."""
+    init_from: str | None = None
+    """Checkpoint or Hugging Face folder with the initial weights; null = random."""
+    seed: int = 1234
+    decay_layer_rule: DecayLayerRule | None = None
+    """For `init_from` of a linear Hugging Face folder whose config does not say it."""
+
+
+@dataclass(kw_only=True)
+class DryRunConfig(Config):
+    """A run to be planned and printed, not started."""
+
+    world_size: int | None = None
+    """Ranks; null = the fewest that the parallel sizes allow."""
+    json: str | None = None
+    """File that also receives the plan; null = none."""
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """Log-probabilities of given token ids under a Hugging Face folder."""
+
+    hf_dir: str
+    prompts: str
+    """JSON file {"prompts": [[ids]]}."""
+    output: str
+    """JSON file to write."""
+    parallel: ParallelConfig
+    precision: Precision = Precision.fp32
+    packed: bool = False
+    """All prompts in one row, isolated from each other."""
+    grad_norms: str | None = None
+    """JSON file that receives losses and gradient norms; null = none."""
+    decay_layer_rule: DecayLayerRule | None = None
+    """For a linear folder whose config does not say it."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """A checkpoint turned into a Hugging Face folder."""
+
+    checkpoint: str
+    """Checkpoint folder, or run folder for its latest one."""
+    output: str
+    precision: Precision = Precision.bf16
+    """Dtype of the exported weights."""
+    decay_layer_rule: DecayLayerRule | None = None
+    """For a checkpoint that does not say it."""
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """Text continued by a Hugging Face folder."""
+
+    hf_dir: str
+    prompt: str
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    """0 = greedy."""
+    top_p: float = 1.0
+    seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class ReproduceConfig:
+    """A recorded run, run again."""
+
+    run: str
+    """Run folder to repeat."""
+    run_dir: str | None = None
+    """Folder of the repetition; null = beside the recorded run."""

@@ -1,0 +1,46 @@
+"""How long, in which batches, and how often to look."""
+
+from dataclasses import dataclass
+
+from ring_train.config.choices import Precision
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    num_steps: int
+    """Optimizer steps of the whole run; the horizon of the schedule."""
+    seq_length: int
+    """Tokens of one packed row."""
+    micro_batch_size: int
+    """Rows of one forward on one data-parallel rank."""
+    global_batch_size: int
+    """Rows of one optimizer step over all ranks."""
+    precision: Precision
+    eval_interval_steps: int
+    """0 = no validation."""
+    eval_steps: int
+    """Micro batches per data-parallel rank and domain of one validation."""
+    time_limit_s: float | None = None
+    """Stop with a checkpoint after this many seconds; null = no limit."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    interval_steps: int
+    """0 = only at the end."""
+    keep: int | None
+    """Latest checkpoints kept; null = all."""
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """Where figures go besides metrics.jsonl."""
+
+    interval_steps: int
+    tensorboard: bool
+    progress: bool | None
+    """Progress bar instead of plain lines; null = if standard error is a terminal."""
