@@ -1,0 +1,1 @@
+"""Files that travel inside an exported folder; nothing of ring_train imports them."""

@@ -1,0 +1,71 @@
+"""Config of the softmax Ling 2.0 family for transformers; this file travels inside an exported folder.
+
+Unusual: keys have no defaults, because a guessed routing scale or rope base gives a model that
+loads and is wrong; and variants of the family that the modeling file does not implement are refused.
+"""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class BailingMoeV2Config(PretrainedConfig):
+    """What `config.json` of a BailingMoeV2ForCausalLM folder says; key names are those of the release."""
+
+    model_type = "bailing_moe"
+    has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    required_keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "first_k_dense_replace",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "partial_rotary_factor",
+        "num_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    )
+    only_values = {
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "rope_scaling": None,
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Take every key of `config.json`.
+
+        Raises:
+            ValueError: a key is missing, or asks for what the modeling file does not implement.
+        """
+        missing = [key for key in self.required_keys if kwargs.get(key) is None]
+        if missing:
+            raise ValueError(f"config.json lacks {missing}; add them with the values of the training run")
+        for key, only in self.only_values.items():
+            if kwargs.get(key, only) != only:
+                raise ValueError(
+                    f"config.json: {key}={kwargs[key]!r}; this modeling file implements {key}={only!r} only"
+                )
+        kwargs.pop("rope_scaling", None)
+        kwargs["tie_word_embeddings"] = False
+        self.num_nextn_predict_layers = kwargs.pop("num_nextn_predict_layers", 0)
+        self.initializer_range = kwargs.pop("initializer_range", 0.02)
+        self.use_cache = kwargs.pop("use_cache", True)
+        super().__init__(**kwargs)
