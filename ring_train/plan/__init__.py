@@ -1,0 +1,21 @@
+"""(config, world_size) -> Plan. Imports neither torch nor megatron, except `plan.megatron`."""
+
+from ring_train.plan.batch import BatchPlan
+from ring_train.plan.cost import Cost
+from ring_train.plan.layers import LayerPlan
+from ring_train.plan.mesh import Mesh, smallest_world
+from ring_train.plan.plan import Plan, check_trainable, make_plan, plan_record
+from ring_train.plan.problems import PlanError
+
+__all__ = [
+    "BatchPlan",
+    "Cost",
+    "LayerPlan",
+    "Mesh",
+    "Plan",
+    "PlanError",
+    "check_trainable",
+    "make_plan",
+    "plan_record",
+    "smallest_world",
+]

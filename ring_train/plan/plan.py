@@ -1,0 +1,178 @@
+"""make_plan: from what a person wrote to everything that follows from it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ring_train.config import Architecture, Config, ScoreFunction
+from ring_train.plan.batch import BatchPlan, batch_problems, make_batch
+from ring_train.plan.cost import Cost, make_cost
+from ring_train.plan.fields import passthrough_problems
+from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
+from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
+from ring_train.plan.problems import PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will happen: the config and every number derived from it."""
+
+    config: Config
+    mesh: Mesh
+    layers: LayerPlan
+    batch: BatchPlan
+    cost: Cost
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Return the plan of a run; pure, and no process group is needed.
+
+    Raises:
+        PlanError: listing all problems. Values that are wrong by themselves come first and alone,
+            because relations between them would make no sense.
+    """
+    problems = value_problems(config, world_size)
+    if problems:
+        raise PlanError(problems)
+    mesh = make_mesh(config.parallel, world_size)
+    problems = [
+        *mesh_problems(config.parallel, world_size),
+        *layer_problems(config.model, mesh),
+        *batch_problems(config, mesh),
+        *passthrough_problems(config.model.megatron),
+        *domain_problems(config),
+    ]
+    if problems:
+        raise PlanError(problems)
+    layers = make_layers(config.model, mesh)
+    return Plan(
+        config=config,
+        mesh=mesh,
+        layers=layers,
+        batch=make_batch(config, mesh),
+        cost=make_cost(config.model, layers, config.train.seq_length),
+    )
+
+
+POSITIVE = {
+    "model": (
+        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+        *("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
+        *("layer_group_size", "layernorm_epsilon", "init_method_std", "rotary_percent"),
+        *("rotary_base", "group_norm_size", "num_moe_experts", "moe_router_topk"),
+        *("moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk"),
+        *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
+    ),
+    "parallel": (*DEGREES, "virtual_pipeline_model_parallel_size"),
+    "train": (
+        "num_steps",
+        "seq_length",
+        "micro_batch_size",
+        "global_batch_size",
+        "time_limit_s",
+    ),
+    "optim": ("lr", "adam_eps"),
+    "checkpoint": ("keep",),
+    "logging": ("interval_steps",),
+}
+NOT_NEGATIVE = {
+    "model": (
+        *("first_k_dense_replace", "num_shared_experts", "moe_router_bias_update_rate"),
+        *(
+            "moe_z_loss_coeff",
+            "moe_aux_loss_coeff",
+            "mtp_num_layers",
+            "mtp_loss_scaling_factor",
+        ),
+    ),
+    "train": ("eval_interval_steps", "eval_steps"),
+    "optim": (
+        *("min_lr", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
+        *("lr_warmup_steps", "wsd_decay_steps"),
+    ),
+    "checkpoint": ("interval_steps",),
+}
+BELOW_OR_AT_ONE = {"model": ("rotary_percent",), "optim": ("adam_beta1", "adam_beta2")}
+
+
+def value_problems(config: Config, world_size: int) -> list[str]:
+    """Return the numbers that are wrong whatever the others are."""
+    problems = []
+    if world_size < 1:
+        problems.append(
+            f"world_size={world_size} is not positive; start at least 1 rank"
+        )
+    for path, value in _numbers(config, POSITIVE):
+        if value <= 0:
+            problems.append(f"{path}={value} is not positive; choose a value above 0")
+    for path, value in _numbers(config, NOT_NEGATIVE):
+        if value < 0:
+            problems.append(f"{path}={value} is negative; choose 0 or more")
+    for path, value in _numbers(config, BELOW_OR_AT_ONE):
+        if value > 1:
+            problems.append(f"{path}={value} exceeds 1; choose a fraction")
+    return problems
+
+
+def _numbers(
+    config: Config, table: dict[str, tuple[str, ...]]
+) -> list[tuple[str, Any]]:
+    """Return (dotted path, value) of each number named in a table, nulls left out."""
+    return [
+        (f"{node}.{name}", value)
+        for node, names in table.items()
+        for name in names
+        if (value := getattr(getattr(config, node), name)) is not None
+    ]
+
+
+def domain_problems(config: Config) -> list[str]:
+    """Return what is wrong with the weights of the mixture."""
+    domains = config.data.domains
+    problems = [
+        f"data.domains.{name}.weight={domain.weight} is negative; choose 0 or more"
+        for name, domain in domains.items()
+        if domain.weight < 0
+    ]
+    if domains and not any(domain.weight > 0 for domain in domains.values()):
+        problems.append(
+            "data.domains: no domain has a positive weight; weigh at least one"
+        )
+    return problems
+
+
+def check_trainable(plan: Plan) -> None:
+    """Raise a PlanError for a model that can be counted but not yet built.
+
+    The build step calls this; `dry_run` does not.
+    """
+    model = plan.config.model
+    later = {
+        f"model.architecture={model.architecture}": model.architecture
+        is Architecture.bailing_moe,
+        f"model.norm_head={model.norm_head}": model.norm_head,
+        f"model.moe_router_score_function={model.moe_router_score_function}": (
+            "moe" in plan.layers.channel_mixers
+            and model.moe_router_score_function is not ScoreFunction.sigmoid
+        ),
+        f"model.moe_aux_loss_coeff={model.moe_aux_loss_coeff}": model.moe_aux_loss_coeff
+        != 0,
+    }
+    problems = [
+        f"{value} can be counted by dry_run, but training it is not implemented yet; "
+        "choose a preset of the 2.0 families"
+        for value, refused in later.items()
+        if refused
+    ]
+    if problems:
+        raise PlanError(problems)
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """Return the plan without its config as JSON types; counts lie at the top level."""
+    return {
+        **dataclasses.asdict(plan.cost),
+        "mesh": dataclasses.asdict(plan.mesh),
+        "layers": dataclasses.asdict(plan.layers),
+        "batch": dataclasses.asdict(plan.batch),
+    }
