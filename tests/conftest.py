@@ -6,19 +6,21 @@ a test on two ranks costs about a second. Only tests that ask for `on_ranks` pay
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 DEFAULT_TIMEOUT_S = 60.0
+GRACE_S = 1.0
 
 
 class OnRanks(Protocol):
@@ -66,6 +68,7 @@ def on_ranks(warm_megatron: None, tmp_path: Path) -> OnRanks:
         *args: Any,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> list[Any]:
+        __tracebackhide__ = True
         store = tmp_path / f"rendezvous_{next(counter)}"
         return _run_ranks(num_ranks, store, lambda: function(*args), timeout_s)
 
@@ -75,6 +78,7 @@ def on_ranks(warm_megatron: None, tmp_path: Path) -> OnRanks:
 def _run_ranks(
     num_ranks: int, store: Path, body: Callable[[], Any], timeout_s: float
 ) -> list[Any]:
+    __tracebackhide__ = True
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -82,12 +86,15 @@ def _run_ranks(
     for rank in range(num_ranks):
         reader, writer = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(rank, num_ranks, store, body, writer))
-        process.start()
+        with warnings.catch_warnings():
+            # Threads of execnet and of torch's pools are idle here; the child starts its own.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+            process.start()
         writer.close()
         readers.append(reader)
         processes.append(process)
     try:
-        return _collect(readers, time.monotonic() + timeout_s, timeout_s)
+        return _collect(readers, timeout_s)
     finally:
         for process in processes:
             process.join(timeout=0.5)
@@ -96,32 +103,39 @@ def _run_ranks(
                 process.join()
 
 
-def _collect(
-    readers: list[multiprocessing.connection.Connection], deadline: float, timeout_s: float
-) -> list[Any]:
-    """Return one result per rank; raise RankError at the first failure."""
+def _collect(readers: list[Connection], timeout_s: float) -> list[Any]:
+    """Return one result per rank, or raise RankError with what the failing ranks said."""
+    __tracebackhide__ = True
     waiting = {reader: rank for rank, reader in enumerate(readers)}
     results: dict[int, Any] = {}
+    failures: list[str] = []
+    deadline = time.monotonic() + timeout_s
     while waiting:
-        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
-            ranks = sorted(waiting.values())
-            raise RankError(f"ranks {ranks} of {len(readers)} not finished after {timeout_s:.0f} s")
-        # A failing rank tears connections of others: those that say why come first.
-        failures = []
+            break
         for reader in ready:
             rank = waiting.pop(reader)
-            try:
-                succeeded, value = pickle.loads(reader.recv_bytes())
-            except EOFError:
-                succeeded, value = False, "died without a word (killed, or a crash in native code)"
+            succeeded, value = _receive(reader)
             if succeeded:
                 results[rank] = value
             else:
+                # Its peers fail of broken connections or hang: hear what they say, briefly.
+                deadline = min(deadline, time.monotonic() + GRACE_S)
                 failures.append(f"rank {rank} of {len(readers)}: {value}")
-        if failures:
-            raise RankError("\n".join(failures))
+    if failures:
+        raise RankError("\n".join(failures))
+    if waiting:
+        ranks = sorted(waiting.values())
+        raise RankError(f"ranks {ranks} of {len(readers)} not finished after {timeout_s:.0f} s")
     return [results[rank] for rank in range(len(readers))]
+
+
+def _receive(reader: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(reader.recv_bytes())
+    except EOFError:
+        return False, "died without a word (killed, or a crash in native code)"
 
 
 def _child(
@@ -129,7 +143,7 @@ def _child(
     num_ranks: int,
     store: Path,
     body: Callable[[], Any],
-    writer: multiprocessing.connection.Connection,
+    writer: Connection,
 ) -> None:
     """Run one rank and leave by os._exit: no teardown of pytest, no atexit of the parent."""
     status = 1
