@@ -4,12 +4,7 @@ Every failure is a ConfigError that names the key and, where a name is wrong, th
 Words are checked against the schema before Hydra sees them, because Hydra names no alternative.
 """
 
-import dataclasses
-import difflib
 import re
-import types
-import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from ring_train.config.keys import Found, lookup_key, nearest
 from ring_train.config.root import (
     Config,
     DryRunConfig,
@@ -43,6 +40,9 @@ ROOTS: dict[str, type] = {
 }
 
 
+OPTIONAL_GROUPS = {"experiment"}
+
+
 class ConfigError(UserError):
     """A word on the command line or a value in YAML that the schema does not allow."""
 
@@ -63,7 +63,8 @@ def compose(root: str, overrides: list[str]) -> Any:
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             node = hydra_compose(root, overrides=words)
-        OmegaConf.set_struct(node, False)  # lets free dicts grow; typed nodes stay closed
+        # Lets free dicts grow; typed nodes stay closed.
+        OmegaConf.set_struct(node, False)
         return _typed(OmegaConf.merge(node, *entries))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(error, schema)) from error
@@ -88,6 +89,8 @@ def read_yaml(path: str | Path, schema: type = Config) -> Any:
     """Return the root node written by `to_yaml`; unknown or missing keys are errors."""
     try:
         return _typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    except (OSError, YAMLError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_readable(error, schema)}") from error
 
@@ -107,7 +110,9 @@ def checked_words(schema: type, overrides: list[str]) -> tuple[list[str], list[d
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException as error:
-            problems.append(f"{word!r} is not key=value: {_first_line(error)}")
+            problems.append(
+                f"{word!r} is not key=value ({_first_line(error)}); write words like model=tiny"
+            )
             continue
         key = override.key_or_group
         found = _lookup(schema, key, override.value())
@@ -122,42 +127,15 @@ def checked_words(schema: type, overrides: list[str]) -> tuple[list[str], list[d
     return words, entries
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """What the schema says about a key: a problem, or whether it lies in a dict[str, value]."""
-
-    problem: str | None = None
-    in_free_dict: bool = False
-
-
-def _lookup(schema: type, key: str, value: Any) -> _Found:
+def _lookup(schema: type, key: str, value: Any) -> Found:
     """Return what is known about one word, a group choice included."""
     if key not in groups() or isinstance(value, dict):
-        return _lookup_key(schema, key)
+        return lookup_key(schema, key)
     names = presets(key)
-    if value is None or value in names:
-        return _Found()
+    if value in names or (value is None and key in OPTIONAL_GROUPS):
+        return Found()
     hint = nearest(str(value), names)
-    return _Found(f"{key}={value} is not a preset{hint}; choose from {', '.join(names)}")
-
-
-def _lookup_key(schema: type, key: str) -> _Found:
-    """Follow a dotted key through nodes and free dicts."""
-    node: Any = schema
-    in_free_dict = False
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        if typing.get_origin(node) is dict:
-            in_free_dict = True
-            node = typing.get_args(node)[1]
-            if not dataclasses.is_dataclass(node):
-                break
-            continue
-        fields = typing.get_type_hints(node) if dataclasses.is_dataclass(node) else {}
-        if part not in fields:
-            return _Found(_no_such_key(key, parts[:depth], part, fields, schema))
-        node = _without_none(fields[part])
-    return _Found(in_free_dict=in_free_dict or typing.get_origin(node) is dict)
+    return Found(f"{key}={value} is not a preset{hint}; choose from {', '.join(names)}")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -165,45 +143,6 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def _no_such_key(
-    key: str, parents: list[str], part: str, fields: Iterable[str], schema: type
-) -> str:
-    """Return the message for an unknown key, with the nearest one here, else anywhere."""
-    prefix = "".join(f"{parent}." for parent in parents)
-    here = {name: prefix + name for name in fields}
-    anywhere = {name.rsplit(".", 1)[-1]: name for name in all_keys(schema)}
-    for known, word in ((here, part), (anywhere, key.rsplit(".", 1)[-1])):
-        close = difflib.get_close_matches(word, list(known), n=1)
-        if close:
-            return f"{key} is not a key; did you mean {known[close[0]]}?"
-    return f"{key} is not a key; choose from {', '.join(sorted(here.values())) or 'none'}"
-
-
-def all_keys(schema: type, prefix: str = "") -> list[str]:
-    """Return the dotted names of all leaves of a node type."""
-    keys = []
-    for name, hint in typing.get_type_hints(schema).items():
-        hint = _without_none(hint)
-        if dataclasses.is_dataclass(hint):
-            keys += all_keys(typing.cast(type, hint), f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """Return '; did you mean NAME?' for the most similar name, or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _without_none(hint: Any) -> Any:
-    """Return T of `T | None`, any other annotation unchanged."""
-    if isinstance(hint, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint
 
 
 def _typed(node: Any) -> Any:
@@ -223,7 +162,7 @@ def _readable(error: Exception, schema: type) -> str:
         key = getattr(candidate, "full_key", None)
         if not key:
             continue
-        return _lookup_key(schema, key).problem or f"{key}: {_first_line(candidate)}"
+        return lookup_key(schema, key).problem or f"{key}: {_first_line(candidate)}"
     unchosen = re.search(r"You must specify '(\w+)'", str(error))
     if unchosen:
         group = unchosen.group(1)

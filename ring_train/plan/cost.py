@@ -53,9 +53,7 @@ def _mtp_depth(model: ModelConfig, seq_length: int) -> tuple[int, int, float]:
     """Return parameters, active parameters and forward FLOPs per token of one MTP depth."""
     h = model.hidden_size
     mixers = (TOKEN_MIXERS[MTP_MIXERS[0]], CHANNEL_MIXERS[MTP_MIXERS[1]])
-    own = (
-        2 * h * h + 5 * h
-    )  # eh_proj; enorm, hnorm, final and the two norms of the layer
+    own = 2 * h * h + 5 * h  # eh_proj; enorm, hnorm, final and the two norms of the layer
     head_flops = 2.0 * h * (2 * h + model.vocab_size)
     return (
         own + sum(mixer.num_parameters(model) for mixer in mixers),

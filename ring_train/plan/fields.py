@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_train.config import ModelConfig, ParallelConfig
-from ring_train.config.compose import nearest
+from ring_train.config.keys import nearest
 
 SNAPSHOT_FILE = Path(__file__).parent / "megatron_fields.json"
 
@@ -101,15 +101,13 @@ def same_named_fields(node: object) -> dict[str, Any]:
     """Return the values of a config node that TransformerConfig gets unchanged, by name."""
     names = snapshot()["fields"].keys() - DERIVED_FIELDS
     fields = dataclasses.fields(node)  # type: ignore[arg-type]
-    return {
-        field.name: getattr(node, field.name) for field in fields if field.name in names
-    }
+    return {field.name: getattr(node, field.name) for field in fields if field.name in names}
 
 
 def passthrough_problems(megatron: dict[str, Any]) -> list[str]:
     """Return what is wrong with the names in `model.megatron`."""
     problems = []
-    names = snapshot()["fields"].keys() - owners().keys()
+    names = snapshot()["fields"].keys()
     for name, value in megatron.items():
         owner = owners().get(name)
         if owner is not None:

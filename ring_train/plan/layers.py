@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ring_train.config import ModelConfig
-from ring_train.config.compose import nearest
+from ring_train.config import Architecture, ModelConfig
+from ring_train.config.keys import nearest
 from ring_train.plan.mesh import Mesh, tensor_split_problems
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS, Mixer
 from ring_train.plan.problems import divisors, indivisible
@@ -29,8 +29,7 @@ def make_layers(model: ModelConfig, mesh: Mesh) -> LayerPlan:
         token_mixers=token_mixers(model),
         channel_mixers=channel_mixers(model),
         stages=tuple(
-            tuple(range(stage * per_stage, (stage + 1) * per_stage))
-            for stage in range(num_stages)
+            tuple(range(stage * per_stage, (stage + 1) * per_stage)) for stage in range(num_stages)
         ),
         num_mtp=model.mtp_num_layers,
     )
@@ -41,9 +40,7 @@ def token_mixers(model: ModelConfig) -> tuple[str, ...]:
     if model.token_mixers is not None:
         return tuple(model.token_mixers)
     group = model.layer_group_size
-    return tuple(
-        "lightning" if (i + 1) % group else "gqa" for i in range(model.num_layers)
-    )
+    return tuple("lightning" if (i + 1) % group else "gqa" for i in range(model.num_layers))
 
 
 def channel_mixers(model: ModelConfig) -> tuple[str, ...]:
@@ -53,8 +50,7 @@ def channel_mixers(model: ModelConfig) -> tuple[str, ...]:
     if model.num_moe_experts is None:
         return ("dense",) * model.num_layers
     return tuple(
-        "dense" if i < model.first_k_dense_replace else "moe"
-        for i in range(model.num_layers)
+        "dense" if i < model.first_k_dense_replace else "moe" for i in range(model.num_layers)
     )
 
 
@@ -77,12 +73,14 @@ def layer_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
             f"parallel.pipeline_model_parallel_size={mesh.pp} * {mesh.vpp} chunks; "
             f"choose their product from {divisors(model.num_layers)}"
         )
-    problems += _pattern_problems(
-        "token_mixers", token_mixers(model), TOKEN_MIXERS, model
-    )
-    problems += _pattern_problems(
-        "channel_mixers", channel_mixers(model), CHANNEL_MIXERS, model
-    )
+    problems += _pattern_problems("token_mixers", token_mixers(model), TOKEN_MIXERS, model)
+    problems += _pattern_problems("channel_mixers", channel_mixers(model), CHANNEL_MIXERS, model)
+    return problems + _mixer_problems(model, mesh) + _width_problems(model, mesh)
+
+
+def _mixer_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
+    """Return what the mixers in use cannot do, those of MTP layers included."""
+    problems = []
     used_tokens, used_channels = set(token_mixers(model)), set(channel_mixers(model))
     if model.mtp_num_layers:
         used_tokens.add(MTP_MIXERS[0])
@@ -93,7 +91,16 @@ def layer_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
     ):
         for name in sorted(used & registry.keys()):
             problems += registry[name].problems(model, mesh)
-    return problems + _width_problems(model, mesh)
+    if mesh.ep > 1 and "moe" not in used_channels:
+        problems.append(
+            f"parallel.expert_model_parallel_size={mesh.ep}, but no layer is MoE; use 1"
+        )
+    if "lightning" in used_tokens and model.architecture is not Architecture.bailing_moe_linear_v2:
+        problems.append(
+            f"model.architecture={model.architecture} has no lightning layers; use "
+            f"{Architecture.bailing_moe_linear_v2}, or model.layer_group_size=1"
+        )
+    return problems
 
 
 def _pattern_problems(

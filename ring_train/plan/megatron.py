@@ -20,13 +20,9 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 def make_transformer_config(plan: Plan) -> TransformerConfig:
     """Return megatron's model config: ours by name, derived here, then passed through."""
     model, parallel = plan.config.model, plan.config.parallel
-    fields = (
-        same_named_fields(model) | same_named_fields(parallel) | derived_fields(plan)
-    )
+    fields = same_named_fields(model) | same_named_fields(parallel) | derived_fields(plan)
     if model.num_moe_experts is None:
-        fields = {
-            name: value for name, value in fields.items() if not name.startswith("moe_")
-        }
+        fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
     return TransformerConfig(**fields, **model.megatron)
 
 

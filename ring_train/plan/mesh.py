@@ -99,9 +99,7 @@ def _not_yet(parallel: ParallelConfig) -> list[str]:
 def tensor_split_problems(sizes: dict[str, int], tp: int) -> list[str]:
     """Return a problem for each named size that tensor parallelism cannot split evenly."""
     by = "parallel.tensor_model_parallel_size"
-    return [
-        line for key, size in sizes.items() for line in indivisible(key, size, by, tp)
-    ]
+    return [line for key, size in sizes.items() for line in indivisible(key, size, by, tp)]
 
 
 def _dense_ranks(parallel: ParallelConfig) -> int:

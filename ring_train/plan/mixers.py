@@ -64,9 +64,7 @@ def _gqa_flops(model: ModelConfig, seq_length: int) -> float:
 def _gqa_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
     key = "model.num_attention_heads"
     groups = model.num_query_groups
-    problems = indivisible(
-        key, model.num_attention_heads, "model.num_query_groups", groups
-    )
+    problems = indivisible(key, model.num_attention_heads, "model.num_query_groups", groups)
     return problems + tensor_split_problems({"model.num_query_groups": groups}, mesh.tp)
 
 
@@ -107,9 +105,7 @@ def _dense_flops(model: ModelConfig, seq_length: int) -> float:
 
 
 def _dense_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
-    return tensor_split_problems(
-        {"model.ffn_hidden_size": model.ffn_hidden_size}, mesh.tp
-    )
+    return tensor_split_problems({"model.ffn_hidden_size": model.ffn_hidden_size}, mesh.tp)
 
 
 def _moe_matrices(model: ModelConfig, experts: int) -> int:
@@ -139,9 +135,7 @@ def _moe_flops(model: ModelConfig, seq_length: int) -> float:
 def _moe_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
     experts = model.num_moe_experts
     if experts is None:
-        return [
-            "model.num_moe_experts=None, but some layers are MoE; give the number of experts"
-        ]
+        return ["model.num_moe_experts=None, but some layers are MoE; give the number of experts"]
     ep = "parallel.expert_model_parallel_size"
     problems = indivisible("model.num_moe_experts", experts, ep, mesh.ep)
     if mesh.tp > 1 and not mesh.sequence_parallel:
@@ -187,9 +181,7 @@ def _router_problems(model: ModelConfig, experts: int) -> list[str]:
     return problems + _router_group_problems(model, experts, groups, kept)
 
 
-def _router_group_problems(
-    model: ModelConfig, experts: int, groups: int, kept: int
-) -> list[str]:
+def _router_group_problems(model: ModelConfig, experts: int, groups: int, kept: int) -> list[str]:
     """Return what is wrong with expert groups.
 
     A group's score is the sum of its two best experts in Hugging Face code, and of its
@@ -197,9 +189,7 @@ def _router_group_problems(
     """
     topk = model.moe_router_topk
     if experts % groups:
-        return indivisible(
-            "model.num_moe_experts", experts, "model.moe_router_num_groups", groups
-        )
+        return indivisible("model.num_moe_experts", experts, "model.moe_router_num_groups", groups)
     if kept > groups:
         return [
             (

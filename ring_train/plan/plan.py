@@ -40,7 +40,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *layer_problems(config.model, mesh),
         *batch_problems(config, mesh),
         *passthrough_problems(config.model.megatron),
-        *domain_problems(config),
+        *run_problems(config),
     ]
     if problems:
         raise PlanError(problems)
@@ -99,24 +99,20 @@ def value_problems(config: Config, world_size: int) -> list[str]:
     """Return the numbers that are wrong whatever the others are."""
     problems = []
     if world_size < 1:
-        problems.append(
-            f"world_size={world_size} is not positive; start at least 1 rank"
-        )
+        problems.append(f"world_size={world_size} is not positive; start at least 1 rank")
     for path, value in _numbers(config, POSITIVE):
-        if value <= 0:
+        if not value > 0:
             problems.append(f"{path}={value} is not positive; choose a value above 0")
     for path, value in _numbers(config, NOT_NEGATIVE):
-        if value < 0:
+        if not value >= 0:
             problems.append(f"{path}={value} is negative; choose 0 or more")
     for path, value in _numbers(config, BELOW_OR_AT_ONE):
-        if value > 1:
+        if not value <= 1:
             problems.append(f"{path}={value} exceeds 1; choose a fraction")
     return problems
 
 
-def _numbers(
-    config: Config, table: dict[str, tuple[str, ...]]
-) -> list[tuple[str, Any]]:
+def _numbers(config: Config, table: dict[str, tuple[str, ...]]) -> list[tuple[str, Any]]:
     """Return (dotted path, value) of each number named in a table, nulls left out."""
     return [
         (f"{node}.{name}", value)
@@ -126,17 +122,25 @@ def _numbers(
     ]
 
 
-def domain_problems(config: Config) -> list[str]:
-    """Return what is wrong with the weights of the mixture."""
-    domains = config.data.domains
+def run_problems(config: Config) -> list[str]:
+    """Return what is wrong with the mixture, validation and the start of a run."""
+    domains, train = config.data.domains, config.train
     problems = [
         f"data.domains.{name}.weight={domain.weight} is negative; choose 0 or more"
         for name, domain in domains.items()
-        if domain.weight < 0
+        if not domain.weight >= 0
     ]
     if domains and not any(domain.weight > 0 for domain in domains.values()):
+        problems.append("data.domains: no domain has a positive weight; weigh at least one")
+    if train.eval_interval_steps and not train.eval_steps:
         problems.append(
-            "data.domains: no domain has a positive weight; weigh at least one"
+            f"train.eval_steps=0 leaves nothing to evaluate every train.eval_interval_steps="
+            f"{train.eval_interval_steps} steps; choose 1 or more, or set the interval to 0"
+        )
+    if config.decay_layer_rule is not None and config.init_from is None:
+        problems.append(
+            f"decay_layer_rule={config.decay_layer_rule} says how to read the folder of init_from, "
+            "which is null; for a new model set model.decay_layer_rule"
         )
     return problems
 
@@ -148,15 +152,13 @@ def check_trainable(plan: Plan) -> None:
     """
     model = plan.config.model
     later = {
-        f"model.architecture={model.architecture}": model.architecture
-        is Architecture.bailing_moe,
+        f"model.architecture={model.architecture}": model.architecture is Architecture.bailing_moe,
         f"model.norm_head={model.norm_head}": model.norm_head,
         f"model.moe_router_score_function={model.moe_router_score_function}": (
             "moe" in plan.layers.channel_mixers
             and model.moe_router_score_function is not ScoreFunction.sigmoid
         ),
-        f"model.moe_aux_loss_coeff={model.moe_aux_loss_coeff}": model.moe_aux_loss_coeff
-        != 0,
+        f"model.moe_aux_loss_coeff={model.moe_aux_loss_coeff}": model.moe_aux_loss_coeff != 0,
     }
     problems = [
         f"{value} can be counted by dry_run, but training it is not implemented yet; "

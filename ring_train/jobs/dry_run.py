@@ -1,0 +1,157 @@
+"""Print what a run would be: `python -m ring_train.jobs.dry_run model=PRESET [world_size=N]`.
+
+Starts no process group and imports neither torch nor megatron. Exits 0 for a legal plan and 2,
+with every problem on standard error, for an illegal one.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from ring_train.config import DryRunConfig, compose
+from ring_train.errors import UserError
+from ring_train.plan import Plan, make_plan, plan_record, smallest_world
+
+USER_ERROR_STATUS = 2
+
+Row = tuple[str, str]
+
+
+def main(words: list[str]) -> int:
+    """Print the plan of the given words; return the exit status."""
+    try:
+        config: DryRunConfig = compose("dry_run", words)
+        world_size = config.world_size
+        if world_size is None:
+            world_size = smallest_world(config.parallel)
+        plan = make_plan(config, world_size)
+        if config.json is not None:
+            write_plan(plan, config.json)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR_STATUS
+    sys.stdout.write(table(rows(plan)))
+    return 0
+
+
+def write_plan(plan: Plan, path: str) -> None:
+    """Write the plan as JSON; counts are keys of the top level."""
+    text = json.dumps(plan_record(plan), indent=1) + "\n"
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"json={path} cannot be written: {error.strerror}") from error
+
+
+def rows(plan: Plan) -> list[Row]:
+    """Return the plan as (name, text) pairs; an empty name continues the row above."""
+    return [*_model_rows(plan), *_mesh_rows(plan), *_batch_rows(plan), *_cost_rows(plan)]
+
+
+def table(pairs: list[Row]) -> str:
+    """Return aligned lines."""
+    width = max(len(name) for name, _ in pairs)
+    return "".join(f"{name:<{width}}  {text}".rstrip() + "\n" for name, text in pairs)
+
+
+def pattern(mixers: tuple[str, ...], group_size: int) -> str:
+    """Return one letter per layer, a space after each layer group, and what the letters mean."""
+    letters = "".join(mixer[0] for mixer in mixers)
+    step = group_size if group_size > 1 else 10
+    grouped = " ".join(letters[i : i + step] for i in range(0, len(letters), step))
+    legend = ", ".join(
+        f"{name[0]} = {name} x {mixers.count(name)}" for name in dict.fromkeys(mixers)
+    )
+    return f"{grouped}  ({legend})"
+
+
+def _model_rows(plan: Plan) -> list[Row]:
+    model, layers = plan.config.model, plan.layers
+    heads = f"{model.num_attention_heads} heads of {model.kv_channels}"
+    found = [
+        ("family", model.architecture.value),
+        ("width", f"hidden {model.hidden_size:,}, {heads}, vocabulary {model.vocab_size:,}"),
+        ("layers", f"{model.num_layers}, and {layers.num_mtp} MTP"),
+        ("token mixers", pattern(layers.token_mixers, model.layer_group_size)),
+        ("channel mixers", pattern(layers.channel_mixers, model.layer_group_size)),
+    ]
+    if "lightning" in layers.token_mixers:
+        found.append(("decay", model.decay_layer_rule.value))
+    if "moe" in layers.channel_mixers:
+        groups = model.moe_router_num_groups
+        limited = f" in {model.moe_router_group_topk} of {groups} groups" if groups else ""
+        routed = f"{model.num_moe_experts}, {model.moe_router_topk} per token{limited}"
+        found.append(("experts", f"{routed}, {model.num_shared_experts} shared"))
+    return found
+
+
+def _mesh_rows(plan: Plan) -> list[Row]:
+    mesh, layers = plan.mesh, plan.layers
+    dense = f"tp {mesh.tp} x pp {mesh.pp} x cp {mesh.cp} x dp {mesh.dp}"
+    experts = f"etp {mesh.etp} x pp {mesh.pp} x ep {mesh.ep} x dp {mesh.edp}"
+    switches = {
+        "sequence parallel": mesh.sequence_parallel,
+        "distributed optimizer": plan.config.parallel.use_distributed_optimizer,
+    }
+    chosen = ", ".join(name for name, on in switches.items() if on) or "none"
+    return [
+        ("ranks", f"{mesh.world_size} = {dense} (experts: {experts})"),
+        ("sharding", chosen),
+        *_named("stages", (_stage(plan, i) for i in range(len(layers.stages)))),
+    ]
+
+
+def _stage(plan: Plan, stage: int) -> str:
+    """Return what one virtual pipeline stage holds."""
+    indices = plan.layers.stages[stage]
+    last = stage == len(plan.layers.stages) - 1
+    parts = [f"layers {indices[0]}-{indices[-1]}"]
+    if stage == 0:
+        parts.insert(0, "embedding")
+    if last:
+        parts.append("output")
+    if last and plan.layers.num_mtp:
+        parts.append(f"{plan.layers.num_mtp} MTP")
+    return f"{stage}: {', '.join(parts)}"
+
+
+def _batch_rows(plan: Plan) -> list[Row]:
+    batch, train = plan.batch, plan.config.train
+    row = f"{batch.global_batch_size:,} rows of {batch.seq_length:,} tokens"
+    micro = f"{batch.num_micro_batches:,} micro batches of {batch.micro_batch_size} per rank"
+    return [
+        ("step", f"{row} = {batch.tokens_per_step:,} tokens, {micro}, {train.precision}"),
+        ("run", f"{train.num_steps:,} steps = {batch.total_tokens:,} tokens"),
+    ]
+
+
+def _cost_rows(plan: Plan) -> list[Row]:
+    cost = plan.cost
+    run_flops = cost.flops_per_token * plan.batch.total_tokens
+    mtp = f"{_count(cost.num_mtp_parameters)}, {_count(cost.num_active_mtp_parameters)} active"
+    per_token = f"{cost.flops_per_token / 1e9:,.3f} GFLOP per token, forward and backward"
+    return [
+        ("parameters", f"{_count(cost.num_parameters)} without MTP"),
+        ("active", f"{_count(cost.num_active_parameters)} per token"),
+        ("", f"{_count(cost.num_active_non_embedding_parameters)} without embedding and output"),
+        ("MTP", mtp if plan.layers.num_mtp else "none"),
+        ("training", f"{per_token}; {run_flops:.3e} FLOP per run"),
+    ]
+
+
+def _named(name: str, lines: Iterable[str]) -> list[Row]:
+    """Return rows of which only the first is named."""
+    return [(name if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def _count(number: int) -> str:
+    """Return a count exactly and rounded."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number:,} ({number / size:.4g}{unit})"
+    return f"{number:,}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
