@@ -57,7 +57,9 @@ class BailingMoeV2Config(PretrainedConfig):
         """
         missing = [key for key in self.required_keys if kwargs.get(key) is None]
         if missing:
-            raise ValueError(f"config.json lacks {missing}; add them with the values of the training run")
+            raise ValueError(
+                f"config.json lacks {missing}; add them with the values of the training run"
+            )
         for key, only in self.only_values.items():
             if kwargs.get(key, only) != only:
                 raise ValueError(

@@ -201,9 +201,7 @@ class BailingMoeV2Attention(nn.Module):
 class BailingMoeV2DecoderLayer(nn.Module):
     """Pre-norm block: attention, then a dense or sparse MLP."""
 
-    def __init__(
-        self, config: BailingMoeV2Config, layer_index: int, attention: nn.Module
-    ) -> None:
+    def __init__(self, config: BailingMoeV2Config, layer_index: int, attention: nn.Module) -> None:
         """Make the norms and the MLP around a given attention."""
         super().__init__()
         self.input_layernorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -433,9 +431,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def mtp_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> list[Tensor]:
+    def mtp_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Return for each depth k = 1.. the fp32 logits [b, s, v]; position t predicts token t + k + 1.
 
         A position whose next token lies behind the end of the row sees token 0 instead; its
