@@ -1,0 +1,4 @@
+"""Offline data preparation: documents to Megatron token shards.
+
+Imports neither torch nor megatron nor ring_train.
+"""

@@ -1,0 +1,152 @@
+"""Token shards written by `data_pipeline.tokenize`: Megatron's .bin/.idx with a manifest.
+
+The two files are mapped with numpy alone: megatron's IndexedDataset reads the same files,
+but its import takes ten seconds. Format: NVIDIA/Megatron-LM,
+megatron/core/datasets/indexed_dataset.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ring_train.data.errors import DataError
+
+INDEX_HEADER = b"MMIDIDX\x00\x00"
+INDEX_FIELDS = struct.Struct("<QBQQ")
+DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+"""Megatron's codes of the two id types in use."""
+MANIFEST_KEYS = (
+    *("bin_sha256", "idx_sha256", "documents", "tokens", "dtype"),
+    *("max_token_id", "tokenizer"),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """The documents of one domain and split."""
+
+    prefix: str
+    tokens: np.ndarray
+    """[tokens] ids of all documents end to end, mapped."""
+    bounds: np.ndarray
+    """[documents + 1] int64: where each document begins in `tokens`."""
+    manifest: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, end-of-text included."""
+        return int(self.bounds[-1])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the hashes of .bin and .idx that the manifest states."""
+        both = self.manifest["bin_sha256"] + self.manifest["idx_sha256"]
+        return hashlib.sha256(both.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Expected:
+    """What a shard must fit."""
+
+    tokenizer: str
+    """Folder with tokenizer.json."""
+    vocab_size: int
+    """Rows of the model's embedding."""
+    eos_token_id: int
+    seq_length: int
+
+
+def open_shard(prefix: str, expected: Expected) -> Shard:
+    """Return a shard after checking it against its manifest, the tokenizer and the model.
+
+    Raises:
+        DataError: missing or torn files, another tokenizer, ids beyond the embedding, or fewer
+            tokens than one row with its label.
+    """
+    manifest = _read_manifest(prefix)
+    _check_tokenizer(prefix, manifest, expected)
+    shard = _map_files(prefix, manifest)
+    if shard.num_tokens < expected.seq_length + 1:
+        raise DataError(
+            f"{prefix}.bin has {shard.num_tokens} tokens, fewer than train.seq_length + 1 = "
+            f"{expected.seq_length + 1}; shorten the rows or give more text"
+        )
+    return shard
+
+
+def tokenizer_fingerprint(folder: str) -> str:
+    """Return the SHA-256 of the bytes of tokenizer.json, as manifests record it."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"data.tokenizer={folder} has no tokenizer.json; give a tokenizer's folder")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_manifest(prefix: str) -> dict[str, Any]:
+    for suffix in ("idx", "bin", "json"):
+        if not Path(f"{prefix}.{suffix}").is_file():
+            raise DataError(
+                f"{prefix}.{suffix} does not exist; write the shard with "
+                f"`python -m data_pipeline.tokenize input=GLOB tokenizer=DIR output={prefix}`"
+            )
+    try:
+        manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        return {key: manifest[key] for key in MANIFEST_KEYS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{prefix}.json is not a shard's manifest ({error}); tokenize again"
+        ) from None
+
+
+def _check_tokenizer(prefix: str, manifest: dict[str, Any], expected: Expected) -> None:
+    made_by = manifest["tokenizer"]
+    fingerprint = tokenizer_fingerprint(expected.tokenizer)
+    if made_by["sha256"] != fingerprint:
+        raise DataError(
+            f"{prefix}.json: tokenizer fingerprint {made_by['sha256'][:12]} differs from "
+            f"{fingerprint[:12]} of data.tokenizer={expected.tokenizer}; tokenize again or "
+            "give the tokenizer that made the shard"
+        )
+    num_ids = max(made_by["vocab_size"], manifest["max_token_id"] + 1)
+    if num_ids > expected.vocab_size:
+        raise DataError(
+            f"{prefix}: its tokenizer {expected.tokenizer} has {num_ids} ids, more than "
+            f"model.vocab_size={expected.vocab_size}; set model.vocab_size to at least {num_ids}"
+        )
+    if made_by["eos_token_id"] != expected.eos_token_id:
+        raise DataError(
+            f"{prefix}: documents end with id {made_by['eos_token_id']}, not with "
+            f"model.eos_token_id={expected.eos_token_id}; set it to {made_by['eos_token_id']}"
+        )
+
+
+def _map_files(prefix: str, manifest: dict[str, Any]) -> Shard:
+    """Return the mapped shard if sizes and counts of .idx, .bin and manifest agree."""
+    index = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
+    start = len(INDEX_HEADER) + INDEX_FIELDS.size
+    if len(index) < start or bytes(index[: len(INDEX_HEADER)]) != INDEX_HEADER:
+        raise DataError(f"{prefix}.idx is not a Megatron index; tokenize again")
+    version, code, num_sequences, _ = INDEX_FIELDS.unpack(bytes(index[len(INDEX_HEADER) : start]))
+    if version != 1 or code not in DTYPES or len(index) < start + 4 * num_sequences:
+        raise DataError(
+            f"{prefix}.idx: version {version}, type code {code}, {num_sequences} documents in "
+            f"{len(index)} bytes; version 1 and type code 4 or 8 are expected: tokenize again"
+        )
+    lengths = np.frombuffer(index, dtype="<i4", count=num_sequences, offset=start)
+    bounds = np.zeros(num_sequences + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    bin_bytes = Path(f"{prefix}.bin").stat().st_size
+    found = (num_sequences, int(bounds[-1]), bin_bytes // DTYPES[code].itemsize)
+    stated = (manifest["documents"], manifest["tokens"], manifest["tokens"])
+    if found != stated:
+        raise DataError(
+            f"{prefix}: (documents, tokens in .idx, tokens in .bin) = {found}, but its manifest "
+            f"says {stated}; the files are not of one run: tokenize again"
+        )
+    tokens = np.memmap(f"{prefix}.bin", mode="r", dtype=DTYPES[code])
+    return Shard(prefix, tokens, bounds, manifest)
