@@ -1,0 +1,39 @@
+"""Whether a checkpoint holds the model that the plan describes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from ring_train.config import ModelConfig, read_yaml
+from ring_train.checkpoint.errors import CheckpointError
+
+MAY_DIFFER = frozenset(
+    {
+        "init_method_std",
+        "moe_router_bias_update_rate",
+        "moe_router_bias_zero_mean",
+        "moe_z_loss_coeff",
+        "moe_aux_loss_coeff",
+        "mtp_loss_scaling_factor",
+        "rotary_base",
+        "max_position_embeddings",
+        "megatron",
+    }
+)
+"""Fields that later stages of training change without changing what a weight means."""
+
+
+def check_same_model(config_file: Path, model: ModelConfig) -> None:
+    """Raise CheckpointError, naming every differing key, unless the models are the same."""
+    saved = read_yaml(config_file).model
+    differing = [
+        f"model.{f.name}={getattr(model, f.name)} (checkpoint: {getattr(saved, f.name)})"
+        for f in fields(ModelConfig)
+        if f.name not in MAY_DIFFER and getattr(saved, f.name) != getattr(model, f.name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{config_file.parent}: checkpoint of another model: {'; '.join(differing)}; "
+            "use the model of the checkpoint, or another run_dir"
+        )

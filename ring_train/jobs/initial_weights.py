@@ -1,0 +1,32 @@
+"""`init_from`: initial weights from a checkpoint or a Hugging Face folder."""
+
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ring_train.checkpoint import CheckpointError, load_weights
+from ring_train.hf.weights import load_hf_weights
+from ring_train.plan import Plan
+
+
+def load_initial_weights(
+    plan: Plan, model: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> None:
+    """Load `init_from` into the model, if it is given; nothing else of a checkpoint is taken.
+
+    Raises:
+        UserError: the folder is neither kind, is damaged, or holds another model.
+    """
+    if plan.config.init_from is None:
+        return
+    folder = Path(plan.config.init_from)
+    if (folder / "config.json").exists():
+        load_hf_weights(folder, plan.config.model, model)
+    elif folder.is_dir():
+        load_weights(folder, model, plan, groups)
+    else:
+        raise CheckpointError(
+            f"init_from={folder} is neither a checkpoint nor a Hugging Face folder; "
+            "name RUN_DIR/checkpoints/step_00000100 or a folder with config.json"
+        )

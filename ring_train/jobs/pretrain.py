@@ -1,0 +1,49 @@
+"""Pretrain a model: `python -m ring_train.jobs.pretrain experiment=NAME key=value ...`.
+
+Under torchrun the same command runs on many ranks. A run folder that holds checkpoints resumes.
+"""
+
+import os
+import sys
+
+from ring_train.config import Config, compose
+from ring_train.plan import make_plan
+from ring_train.runtime.errors import run_job
+
+
+def main(overrides: list[str]) -> None:
+    """Run the pretraining job that the overrides describe."""
+    pretrain(compose("pretrain", overrides))
+
+
+def pretrain(config: Config) -> None:
+    """Plan, build, resume or initialise, and train to the end."""
+    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+
+    import ring_train.platform  # noqa: F401, PLC0415  (heavy imports only after the plan holds)
+    from ring_train.checkpoint import Checkpointer  # noqa: PLC0415
+    from ring_train.data.loader import build_batches  # noqa: PLC0415
+    from ring_train.jobs.initial_weights import load_initial_weights  # noqa: PLC0415
+    from ring_train.model.build import build_model  # noqa: PLC0415
+    from ring_train.runtime.distributed import start_runtime  # noqa: PLC0415
+    from ring_train.train.loop import Trainer  # noqa: PLC0415
+    from ring_train.train.optimizer import build_optimizer  # noqa: PLC0415
+    from ring_train.train.plots import write_plots  # noqa: PLC0415
+    from ring_train.train.record import write_run_record  # noqa: PLC0415
+
+    with start_runtime(plan) as groups:
+        batches = build_batches(plan)
+        checkpoints = Checkpointer(plan, groups.collection)
+        model = build_model(plan, groups.collection)
+        if not checkpoints.steps():
+            load_initial_weights(plan, model, groups.collection)
+        optimizer = build_optimizer(plan, model, groups.collection)
+        state = checkpoints.restore_or_init(model, optimizer)
+        write_run_record(plan, batches, groups.rank)
+        trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups)
+        trainer.train(state)
+        write_plots(plan, groups.rank)
+
+
+if __name__ == "__main__":
+    run_job(lambda: main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Score given token ids: `python -m ring_train.jobs.score hf_dir=DIR prompts=FILE output=FILE`.
+
+Imports a Hugging Face folder into the trainer's own model under the given layout (alone or under
+torchrun) and writes log-probabilities per token; `grad_norms=FILE` adds losses and gradient norms.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ring_train.config import Config, ScoreConfig, compose
+from ring_train.errors import UserError
+from ring_train.hf.config import read_model_config
+from ring_train.plan import Plan, make_plan
+from ring_train.runtime.errors import run_job
+
+
+def main(overrides: list[str]) -> None:
+    """Score the prompts that the overrides name."""
+    config = compose("score", overrides)
+    prompts = read_prompts(Path(config.prompts))
+    model = read_model_config(config.hf_dir, config.decay_layer_rule)
+    model = dataclasses.replace(model, moe_z_loss_coeff=0.0, moe_router_bias_update_rate=0.0)
+    for prompt in prompts:
+        if max(prompt) >= model.vocab_size or min(prompt) < 0:
+            raise UserError(
+                f"prompts={config.prompts}: token id {max(prompt)} is outside "
+                f"vocab_size={model.vocab_size} of {config.hf_dir}; tokenise with its tokenizer"
+            )
+    plan = score_plan(config, model, prompts)
+    result, gradients = score(plan, config, prompts)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(config.output, result)
+        if config.grad_norms:
+            write_json(config.grad_norms, gradients)
+
+
+def read_prompts(path: Path) -> list[list[int]]:
+    """Return the prompts of a file {"prompts": [[ids]]}."""
+    try:
+        prompts = json.loads(path.read_text())["prompts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'prompts={path}: {type(error).__name__}: {error}; give a JSON file {{"prompts": [[ids]]}}'
+        ) from error
+    for prompt in prompts:
+        if len(prompt) < 2 or not all(isinstance(token, int) for token in prompt):
+            raise UserError(
+                f"prompts={path}: {prompt} is no list of at least two token ids; "
+                "nothing could be predicted from it"
+            )
+    if not prompts:
+        raise UserError(f"prompts={path}: the list is empty; give at least one prompt")
+    return prompts
+
+
+def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Plan:
+    """Return a plan whose rows hold the longest prompt (all of them if packed)."""
+    tp = config.parallel.tensor_model_parallel_size
+    lengths = [len(prompt) for prompt in prompts]
+    length = sum(lengths) if config.packed else max(lengths)
+    length = -(-length // tp) * tp
+    base: Config = compose("pretrain", ["model=tiny", "train=cpu", "optim=short"])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    base = dataclasses.replace(
+        base,
+        model=dataclasses.replace(
+            model, max_position_embeddings=max(length, model.max_position_embeddings)
+        ),
+        parallel=dataclasses.replace(config.parallel, use_distributed_optimizer=False),
+    )
+    base.train.precision = config.precision
+    base.train.seq_length, base.train.micro_batch_size = length, 1
+    model_ranks = tp * config.parallel.pipeline_model_parallel_size
+    dp = max(world_size // (model_ranks * config.parallel.context_parallel_size), 1)
+    rows = 1 if config.packed else len(prompts)
+    base.train.global_batch_size = dp * -(-rows // dp)
+    return make_plan(base, world_size)
+
+
+def score(
+    plan: Plan, config: ScoreConfig, prompts: list[list[int]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ({"logprobs", "mtp_logprobs", ...}, {"loss", ..., "grad_norms", ...}) of the prompts."""
+    import ring_train.platform  # noqa: F401, PLC0415  (heavy imports only after the plan holds)
+    from ring_train.hf.table import make_table  # noqa: PLC0415
+    from ring_train.hf.weights import load_hf_weights  # noqa: PLC0415
+    from ring_train.model.build import build_model  # noqa: PLC0415
+    from ring_train.runtime.distributed import start_runtime  # noqa: PLC0415
+    from ring_train.train.optimizer import attach_schedule_callbacks  # noqa: PLC0415
+    from ring_train.train.scoring import gradient_norms, make_rows, score_rows  # noqa: PLC0415
+
+    with start_runtime(plan) as groups:
+        model = build_model(plan, groups.collection)
+        load_hf_weights(Path(config.hf_dir), plan.config.model, model)
+        attach_schedule_callbacks(model, None, groups.collection)
+        rows = make_rows(plan, prompts, groups.dp_rank, packed=config.packed)
+        result = score_rows(model, rows, prompts, groups, packed=config.packed)
+        if not config.grad_norms:
+            return result, {}
+        table = make_table(plan.config.model)
+        depths = plan.layers.num_mtp
+        gradients: dict[str, Any] = {}
+        for prefix, weights in (
+            ("", [1.0] + [0.0] * depths),
+            ("mtp_", [0.0] + [1.0 / max(depths, 1)] * depths),
+        ):
+            if not any(weights):
+                continue
+            sums, norms = gradient_norms(
+                model,
+                rows,
+                groups.collection,
+                loss_weights=weights,
+                to_named=lambda name, full: table[name].to_hf(full),
+            )
+            mean = sums.mtp_means().mean() if prefix else sums.lm_loss
+            gradients |= {f"{prefix}loss": float(mean), f"{prefix}grad_norms": norms}
+        return result, gradients
+
+
+def write_json(path: str, value: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    run_job(lambda: main(sys.argv[1:]))

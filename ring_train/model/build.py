@@ -1,0 +1,35 @@
+"""Building the model chunks of this rank."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ring_train.model.init import initialise
+from ring_train.model.language_model import HybridLanguageModel
+from ring_train.plan import Plan, check_trainable
+from ring_train.plan.megatron import make_ddp_config, make_transformer_config
+
+
+def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
+    """Return the initialised model chunks of this rank, one per virtual stage, wrapped for DP.
+
+    Parameters are created in the precision of the plan; buffers of the router stay fp32.
+
+    Raises:
+        PlanError: the plan describes a model that is counted but cannot be trained yet.
+    """
+    check_trainable(plan)
+    config = make_transformer_config(plan)
+    stages = range(plan.mesh.vpp) if plan.mesh.vpp > 1 else [None]
+    chunks = [HybridLanguageModel(plan, config, groups, vp_stage) for vp_stage in stages]
+    initialise(chunks, plan)
+    if torch.cuda.is_available():
+        chunks = [chunk.cuda() for chunk in chunks]
+    return [
+        DistributedDataParallel(
+            config, make_ddp_config(plan), chunk, disable_bucketing=i > 0, pg_collection=groups
+        )
+        for i, chunk in enumerate(chunks)
+    ]

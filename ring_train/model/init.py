@@ -1,0 +1,45 @@
+"""Initial weights that do not depend on the layout (model-spec 2.6).
+
+Every tensor is drawn from a generator seeded by (seed, logical name) and then cut for this rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+
+from ring_train.model.tensors import local_tensors
+from ring_train.plan import Plan
+
+SCALED_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+"""Projections into the residual stream: std / sqrt(2 L)."""
+
+
+@torch.no_grad()
+def initialise(chunks: Iterable[torch.nn.Module], plan: Plan) -> None:
+    """Write the initial weights: N(0, std^2), norms 1, expert bias 0.
+
+    Draws in fp32 on the host and casts, so fp32 and bf16 runs start from the same point.
+    """
+    for item in local_tensors(chunks):
+        if item.name.endswith("expert_bias"):
+            item.tensor.zero_()
+        elif item.tensor.dim() == 1:
+            item.tensor.fill_(1.0)
+        else:
+            full = _draw(item.name, item.full_shape, plan)
+            item.tensor.copy_(item.shard.of(full))
+
+
+def _draw(name: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:
+    """Return the full fp32 tensor of a logical name."""
+    model = plan.config.model
+    std = model.init_method_std
+    if name.endswith(SCALED_OUTPUTS):
+        std /= math.sqrt(2 * model.num_layers)
+    digest = hashlib.sha256(f"{plan.config.seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

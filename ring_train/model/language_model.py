@@ -1,0 +1,229 @@
+"""One pipeline chunk of the hybrid language model.
+
+megatron's `TransformerBlock` runs the layers, each built from its own spec; embedding, head and
+MTP are placed on the first and last stage. The last stage returns losses per token, never a mean:
+normalisation belongs to the training step, which knows the global counts.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+from ring_train.model.documents import make_documents
+from ring_train.model.mtp import MtpBlock
+from ring_train.model.norm import RMSNorm
+from ring_train.model.specs import make_layer_spec
+from ring_train.ops.rope import rotary_angles
+from ring_train.plan import Plan
+
+
+class PackedRow(Protocol):
+    """What the forward reads of a micro batch (`ring_train.data.batch.Batch` provides it)."""
+
+    tokens: torch.Tensor
+    """[t] int64."""
+    labels: torch.Tensor
+    """[t] int64, the next token within the document."""
+    position_ids: torch.Tensor
+    """[t] int64, 0 at the start of every document."""
+    cu_seqlens: torch.Tensor
+    """[n_docs + 1] int32."""
+    mtp_tokens: torch.Tensor
+    """[depths, t] int64, the token k further on."""
+    mtp_labels: torch.Tensor
+    """[depths, t] int64, the token k + 1 further on."""
+    num_padding: int
+    """Tokens at the end of the row that are padding."""
+
+
+class HybridLanguageModel(MegatronModule):
+    """The layers of one virtual pipeline stage, with embedding and head where they belong.
+
+    Args:
+        plan: the plan; `plan.layers.stages` says which layers this stage holds.
+        config: megatron's config built from the plan.
+        groups: process groups of the mesh.
+        vp_stage: index of the model chunk on this rank, None without interleaving.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config)
+        model = plan.config.model
+        self.plan, self.groups, self.vp_stage = plan, groups, vp_stage
+        self.tp_group = groups.tp
+        self.model_type = ModelType.encoder_or_decoder  # read by megatron's schedules
+        stage = (vp_stage or 0) * plan.mesh.pp + groups.pp.rank()
+        self.pre_process = stage == 0
+        self.post_process = stage == len(plan.layers.stages) - 1
+        self.has_mtp = self.post_process and plan.layers.num_mtp > 0
+        if self.pre_process or self.has_mtp:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=model.vocab_size,
+                max_sequence_length=model.max_position_embeddings,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+            weight = self.embedding.word_embeddings.weight
+            weight.shared_embedding = True
+            weight.shared = not self.pre_process  # counted once in the gradient norm
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(
+                layer_specs=[make_layer_spec(plan, config, i) for i in plan.layers.stages[stage]],
+                layer_norm=RMSNorm,
+            ),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if self.has_mtp:
+            depths = range(plan.layers.num_mtp)
+            layers = [make_layer_spec(plan, config, model.num_layers + depth) for depth in depths]
+            self.mtp = MtpBlock(config, layers, groups)
+        if self.post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                model.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=groups.tp,
+            )
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Whether first and last stage hold copies of one embedding (read by megatron)."""
+        return self.plan.mesh.pp > 1 and self.plan.layers.num_mtp > 0
+
+    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter:
+        """Return the embedding whose gradient is summed over first and last stage."""
+        return self.embedding.word_embeddings.weight
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Take the hidden states [t/sp, 1, h] of the previous stage (called by the schedules)."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, batch: PackedRow) -> torch.Tensor:
+        """Return losses [1 + depths, t] fp32 on the last stage, hidden states elsewhere.
+
+        Row 0 is the cross-entropy of the next token, row k that of MTP depth k. Masked positions
+        hold a value of no meaning: multiply by the batch's masks.
+
+        Args:
+            batch: one micro batch as a packed row of t tokens, on this rank's device.
+        """
+        model = self.plan.config.model
+        documents = make_documents(batch.cu_seqlens)
+        angles = torch.stack(
+            rotary_angles(
+                batch.position_ids,
+                int(model.kv_channels * model.rotary_percent),
+                model.rotary_base,
+                dtype=torch.promote_types(self.config.params_dtype, torch.float32),
+            )
+        )  # [2, t, rotary_dim] fp32
+        padding_mask = self._padding_mask(batch)
+        hidden = self.embed(batch.tokens) if self.pre_process else None
+        hidden = self.decoder(
+            hidden,
+            attention_mask=None,
+            rotary_pos_emb=angles,
+            packed_seq_params=documents,
+            padding_mask=padding_mask,
+        )  # [t/sp, 1, h]
+        if not self.post_process:
+            return hidden
+        losses = [self.token_losses(hidden, batch.labels)]
+        if self.has_mtp:
+            for depth, layer in enumerate(self.mtp.layers):
+                embedding = self.embed(batch.mtp_tokens[depth])
+                hidden = layer(hidden, embedding, angles, documents, padding_mask)
+                losses.append(self.token_losses(hidden, batch.mtp_labels[depth]))
+        return torch.stack(losses)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [t/sp, 1, h] of token ids [t]."""
+        return self.embedding(tokens[None], None)
+
+    def token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return -log p(label) [t] fp32 of hidden states [t/sp, 1, h] and labels [t]."""
+        logits, _ = self.output_layer(hidden)  # [t, 1, v/tp]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = tensor_parallel.vocab_parallel_cross_entropy(
+            logits, labels[:, None], tp_group=self.groups.tp
+        )
+        return loss.squeeze(1)
+
+    def _padding_mask(self, batch: PackedRow) -> torch.Tensor | None:
+        """Return [1, t/sp] bool, True where padding, for the tokens of this rank's sequence part."""
+        if not batch.num_padding:
+            return None
+        tokens = len(batch.tokens)
+        mask = torch.arange(tokens, device=batch.tokens.device) >= tokens - batch.num_padding
+        if self.config.sequence_parallel:
+            mask = mask.chunk(self.groups.tp.size())[self.groups.tp.rank()]
+        return mask[None]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """Return megatron's sharded state dict; keys are global and free of the layout."""
+        assert not sharded_offsets and metadata is not None
+        state = super().sharded_state_dict(prefix, (), metadata)
+        if self.has_mtp:
+            state = {k: v for k, v in state.items() if not k.startswith(f"{prefix}mtp.")}
+            for depth, layer in enumerate(self.mtp.layers):
+                state |= _module_state(
+                    layer, f"{prefix}mtp.layers.{depth}.", metadata, self.tp_group
+                )
+        if self.has_mtp and not self.pre_process:
+            key = f"{prefix}embedding.word_embeddings.weight"
+            state[key] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.shared_embedding_or_output_weight(),
+                key=key,
+                replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+                allow_shape_mismatch=True,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        return state
+
+
+def _module_state(
+    module: torch.nn.Module, prefix: str, metadata: dict, tp_group: torch.distributed.ProcessGroup
+) -> ShardedStateDict:
+    """Return the sharded state of the children of a plain module (which has no parameters)."""
+    state: ShardedStateDict = {}
+    for name, child in module.named_children():
+        state |= sharded_state_dict_default(
+            child, f"{prefix}{name}.", (), metadata, tp_group=tp_group
+        )
+    return state

@@ -1,0 +1,105 @@
+"""Lightning attention: linear attention with a constant decay per head (model-spec 2.2).
+
+MHA projections (`linear_qkv`, `linear_proj`) and QK-norm come from megatron's `SelfAttention`; the
+gate projection, the grouped gate norm and the recurrence are ours. Decay slopes are no checkpoint
+tensor: they follow from the global layer index and `model.decay_layer_rule`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ring_train.config import ModelConfig
+from ring_train.model.documents import Documents
+from ring_train.model.norm import GatedGroupNorm
+from ring_train.ops.decay import decay_slopes
+from ring_train.ops.lightning import lightning_attention
+from ring_train.ops.rope import apply_partial_rope
+
+
+class LightningAttention(SelfAttention):
+    """Token mixer of the linear layers.
+
+    Args:
+        config: megatron's config of the model; a copy with one key and value per head is used.
+        submodules: projections and norms; `core_attention` is not used.
+        layer_number: 1-based, global.
+        model: the model node, for decay rule, norm groups and activation.
+        pg_collection: process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        model: ModelConfig,
+        pg_collection: ProcessGroupCollection,
+        **kwargs: Any,
+    ) -> None:
+        config = copy.copy(config)
+        config.num_query_groups = config.num_attention_heads
+        super().__init__(config, submodules, layer_number, pg_collection=pg_collection, **kwargs)
+        tp_rank, tp = pg_collection.tp.rank(), pg_collection.tp.size()
+        heads = model.num_attention_heads // tp
+        self.silu = model.linear_silu
+        self.linear_gate = submodules.linear_qkv(
+            config.hidden_size,
+            self.query_projection_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="gate",
+            tp_group=pg_collection.tp,
+        )
+        self.gate_norm = GatedGroupNorm(
+            config, heads * model.kv_channels, model.group_norm_size // tp, pg_collection.tp
+        )
+        slopes = decay_slopes(
+            model.num_attention_heads,
+            layer_number - 1,
+            model.num_layers,
+            model.decay_layer_rule.name,
+        )
+        self.register_buffer(
+            "slopes", slopes[tp_rank * heads : (tp_rank + 1) * heads], persistent=False
+        )  # [n/tp] fp32
+
+    def forward(  # type: ignore[override]  # megatron's inference arguments do not apply here
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        packed_seq_params: Documents | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (output [t/sp, 1, h], None); arguments as in `GroupedQueryAttention`."""
+        assert rotary_pos_emb is not None and packed_seq_params is not None
+        qkv, _ = self.linear_qkv(hidden_states)  # [t, 1, 3*n*d/tp]
+        if self.silu:
+            qkv = torch.nn.functional.silu(qkv)
+        qkv = qkv.view(qkv.shape[0], -1, 3, self.hidden_size_per_attention_head)
+        query, key, value = qkv.unbind(2)  # [t, n/tp, d]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        cos, sin = rotary_pos_emb
+        out, _ = lightning_attention(
+            apply_partial_rope(query, cos, sin),
+            apply_partial_rope(key, cos, sin),
+            value,
+            self.slopes,
+            cu_seqlens=packed_seq_params.cu_seqlens_q,
+            lengths=packed_seq_params.lengths,
+        )
+        gate, _ = self.linear_gate(hidden_states)  # [t, 1, n*d/tp]
+        out = self.gate_norm(out.reshape(out.shape[0], -1), gate.squeeze(1))  # [t, n*d/tp]
+        return self.linear_proj(out.unsqueeze(1))

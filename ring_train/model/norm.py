@@ -1,0 +1,76 @@
+"""Norm modules in the order of operations of the released models (statistics in fp32)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from ring_train.ops.norm import gated_group_norm, rms_norm
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm that allows sequence parallelism: its weight is tagged for the gradient all-reduce.
+
+    megatron's `WrappedTorchNorm` refuses sequence parallelism, and torch's RMSNorm multiplies by
+    the weight before it casts back.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads this tag
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalised x: same shape [..., h] and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedGroupNorm(torch.nn.Module):
+    """Grouped RMSNorm of the attention output times sigmoid(gate), sharded by channel over TP.
+
+    Args:
+        config: megatron's config (dtype of the weight).
+        channels: channels on this rank, n*d/tp.
+        num_groups: norm groups on this rank, group_norm_size/tp.
+        tp_group: the tensor-parallel group that holds the other channels.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        channels: int,
+        num_groups: int,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.num_groups = num_groups
+        self.tp_group = tp_group
+        self.weight = torch.nn.Parameter(torch.ones(channels, dtype=config.params_dtype))
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]  # counted on every TP rank in the gradient norm
+        self.weight.partition_dim = 0  # type: ignore[attr-defined]  # read by tensors.py
+        self.weight.partition_stride = 1  # type: ignore[attr-defined]  # read by megatron
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Return groupnorm(x) * sigmoid(gate); x and gate are [t, n*d/tp]."""
+        return gated_group_norm(x, gate, self.weight, num_groups=self.num_groups, eps=self.eps)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """Return the checkpoint entry of the weight: one channel slice per TP rank."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )

@@ -1,0 +1,121 @@
+"""Layer specs: the one place where the modules of a layer are chosen.
+
+`make_layer_spec` pairs the token mixer and the channel mixer that the plan names for a layer. The
+registry in `ring_train.plan.mixers` points at the builder of each mixer by dotted path, so a new
+mixer needs an entry there and no edit here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from ring_train.model.attention import DocumentAttention, GroupedQueryAttention
+from ring_train.model.lightning import LightningAttention
+from ring_train.model.norm import RMSNorm
+from ring_train.model.router import SigmoidRouter
+from ring_train.plan import Plan
+from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
+
+SpecBuilder = Callable[[Plan, TransformerConfig], ModuleSpec]
+
+
+def make_layer_spec(plan: Plan, config: TransformerConfig, layer_index: int) -> ModuleSpec:
+    """Return the spec of one layer; indices from num_layers on are MTP depths.
+
+    Args:
+        plan: the plan that names the mixers.
+        config: megatron's config built from the plan.
+        layer_index: 0-based, global.
+    """
+    if layer_index < plan.config.model.num_layers:
+        token = plan.layers.token_mixers[layer_index]
+        channel = plan.layers.channel_mixers[layer_index]
+    else:
+        token, channel = MTP_MIXERS
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_builder(TOKEN_MIXERS[token].spec)(plan, config),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_builder(CHANNEL_MIXERS[channel].spec)(plan, config),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _builder(path: str) -> SpecBuilder:
+    """Return the function behind "module:function"."""
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _attention_submodules(plan: Plan) -> SelfAttentionSubmodules:
+    norm = RMSNorm if plan.config.model.qk_layernorm else None
+    return SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=DocumentAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=norm,
+        k_layernorm=norm,
+    )
+
+
+def gqa_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
+    """Return the spec of softmax grouped-query attention."""
+    return ModuleSpec(
+        module=GroupedQueryAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=_attention_submodules(plan),
+    )
+
+
+def lightning_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
+    """Return the spec of lightning attention."""
+    return ModuleSpec(
+        module=LightningAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "model": plan.config.model},
+        submodules=_attention_submodules(plan),
+    )
+
+
+def dense_spec(plan: Plan, config: TransformerConfig) -> partial[MLP]:
+    """Return the builder of the dense SwiGLU MLP."""
+    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules())
+
+
+def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MoELayer]:
+    """Return the builder of the mixture of experts: router, experts, shared expert."""
+    shared = plan.config.model.moe_shared_expert_intermediate_size
+    return partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            router=partial(SigmoidRouter, model=plan.config.model),
+            experts=partial(SequentialMLP, submodules=_mlp_submodules()),
+            shared_experts=(
+                partial(SharedExpertMLP, submodules=_mlp_submodules()) if shared else None
+            ),
+        ),
+    )
+
+
+def _mlp_submodules() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -1,0 +1,112 @@
+"""Layout-free names of the model's tensors, and how a rank's part relates to the whole.
+
+Everything that must not depend on the layout - initial weights, import, export, gradient
+comparison - goes through `local_tensors`: logical name (global layer and expert index), the local
+tensor, and the `Shard` that cuts it out of the full one. Names: see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+
+from ring_train.model.language_model import HybridLanguageModel
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How a local tensor is cut out of the full one."""
+
+    dim: int
+    """Dimension that is cut."""
+    world: int
+    """Number of parts."""
+    rank: int
+    """Which part is local."""
+    blocks: int = 1
+    """Blocks along `dim` that are cut one by one: 2 for the stacked gate and up projections."""
+    group: torch.distributed.ProcessGroup | None = None
+    """Ranks that hold the other parts, in order."""
+
+    def of(self, full: torch.Tensor) -> torch.Tensor:
+        """Return the local part of a full tensor."""
+        parts = [block.chunk(self.world, self.dim)[self.rank] for block in self._blocks(full)]
+        return torch.cat(parts, self.dim)
+
+    def full_shape(self, local: torch.Size) -> tuple[int, ...]:
+        """Return the full shape that belongs to a local one."""
+        return tuple(n * (self.world if i == self.dim else 1) for i, n in enumerate(local))
+
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the full tensor on every rank of the group. Collective over `group`."""
+        if self.world == 1:
+            return local
+        parts = [torch.empty_like(local) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, local.contiguous(), group=self.group)
+        split = [self._blocks(part) for part in parts]
+        return torch.cat([part for block in zip(*split, strict=True) for part in block], self.dim)
+
+    def _blocks(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tensor.chunk(self.blocks, self.dim)
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """One parameter or saved buffer of this rank."""
+
+    name: str
+    """Logical name, the same under every layout."""
+    tensor: torch.Tensor
+    """The parameter or buffer itself; write through it under no_grad."""
+    shard: Shard
+    """Its place in the full tensor."""
+    is_copy: bool
+    """True for the second copy of the embedding on the last stage."""
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the full tensor."""
+        return self.shard.full_shape(self.tensor.shape)
+
+
+def local_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[LocalTensor]:
+    """Yield every parameter and saved buffer of the given model chunks."""
+    for chunk in chunks:
+        model: HybridLanguageModel = get_attr_wrapped_model(
+            chunk, "pre_process", return_model_obj=True
+        )
+        parameters = dict(model.named_parameters())
+        buffers = {n: b for n, b in model.named_buffers() if n.endswith("expert_bias")}
+        for local_name, tensor in (parameters | buffers).items():
+            name = _logical_name(model, local_name)
+            yield LocalTensor(name, tensor, _shard(model, name, tensor), _is_copy(model, name))
+
+
+def _logical_name(model: HybridLanguageModel, name: str) -> str:
+    """Return the global name of a tensor of a chunk: layer and expert indices become global."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match:
+        layer_index = model.decoder.layers[int(match[1])].layer_number - 1
+        name = f"decoder.layers.{layer_index}.{match[2]}"
+    match = re.match(r"(.*)\.local_experts\.(\d+)\.(.*)", name)
+    if match:
+        per_rank = model.plan.config.model.num_moe_experts // model.plan.mesh.ep
+        name = f"{match[1]}.{model.groups.ep.rank() * per_rank + int(match[2])}.{match[3]}"
+    return name
+
+
+def _shard(model: HybridLanguageModel, name: str, tensor: torch.Tensor) -> Shard:
+    group = model.groups.expt_tp if ".experts." in name else model.groups.tp
+    if not getattr(tensor, "tensor_model_parallel", False) or group.size() == 1:
+        return Shard(dim=0, world=1, rank=0)
+    blocks = 2 if name.endswith("linear_fc1.weight") else 1
+    dim = tensor.partition_dim  # type: ignore[attr-defined]  # set with tensor_model_parallel
+    return Shard(dim, group.size(), group.rank(), blocks, group)
+
+
+def _is_copy(model: HybridLanguageModel, name: str) -> bool:
+    return name.startswith("embedding.") and not model.pre_process

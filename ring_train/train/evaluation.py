@@ -1,0 +1,31 @@
+"""Validation loss per domain on the held-out split."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel
+
+from ring_train.data.loader import Batches
+from ring_train.runtime.distributed import Groups
+from ring_train.train.step import forward_backward
+
+
+def evaluate(
+    model: list[DistributedDataParallel], batches: Batches, groups: Groups
+) -> dict[str, float]:
+    """Return {"valid_loss/<domain>": nats per token} over the validation rows of each domain.
+
+    The rows are the same at every call. Router counts and biases do not change.
+    """
+    for chunk in model:
+        chunk.eval()
+    losses = {}
+    for index, domain in enumerate(batches.domains):
+        rows = [row.to(groups.device) for row in batches.validation(domain, groups.dp_rank)]
+        if rows:
+            sums = forward_backward(
+                model, rows, groups.collection, num_domains=len(batches.domains), loss_weights=None
+            )
+            losses[f"valid_loss/{domain}"] = float(sums.domain_means()[index])
+    for chunk in model:
+        chunk.train()
+    return losses

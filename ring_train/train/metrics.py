@@ -1,0 +1,120 @@
+"""Figures of a run: one record per logged step, to metrics.jsonl, TensorBoard and the console.
+
+Keys carry their unit. `metrics.jsonl` holds what a resumed run must repeat bit for bit; wall-clock
+figures go to `timing.jsonl`, so that the two can be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from ring_train.train.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+def step_metrics(
+    result: StepResult, domains: Sequence[str], loads: Mapping[int, Mapping[str, float]]
+) -> dict[str, float]:
+    """Return the figures of one step; losses in nats per token.
+
+    Args:
+        result: what the step reported.
+        domains: names of the domains, in the order of the sums.
+        loads: expert-load figures per layer number, of all pipeline stages.
+    """
+    sums = result.sums
+    record = {"lm_loss": float(sums.lm_loss)}
+    for name, mean, count in zip(
+        domains, sums.domain_means().tolist(), sums.domain_tokens.tolist(), strict=True
+    ):
+        if count:
+            record[f"lm_loss/{name}"] = mean
+        record[f"trained_tokens/{name}"] = count
+    for depth, mean in enumerate(sums.mtp_means().tolist(), start=1):
+        record[f"mtp_loss/{depth}"] = mean
+    record["grad_norm"] = result.grad_norm
+    record["learning_rate"] = result.learning_rate
+    for key in ("max_over_mean", "entropy_nats", "dead_experts", "z_loss"):
+        values = [load[key] for load in loads.values()]
+        if values:
+            record[f"router/{key}"] = sum(values) / len(values)
+    for number, load in sorted(loads.items()):
+        record[f"router_layer/max_over_mean/{number}"] = load["max_over_mean"]
+    return record
+
+
+def load_figures(result: StepResult) -> dict[int, dict[str, float]]:
+    """Return expert-load figures per layer number of this pipeline stage.
+
+    `max_over_mean` is the busiest expert over the mean, `entropy_nats` the entropy of the load
+    (ln e when balanced), `dead_experts` the experts without a token in this step.
+    """
+    figures = {}
+    for number, load in result.loads.items():
+        counts = load.counts.double()
+        share = counts / counts.sum().clamp(min=1)
+        figures[number] = {
+            "max_over_mean": float(counts.max() / counts.mean().clamp(min=1e-9)),
+            "entropy_nats": float(torch.special.entr(share).sum()),
+            "dead_experts": float((counts == 0).sum()),
+            "z_loss": float(load.z_loss),
+        }
+    return figures
+
+
+class MetricsWriter:
+    """Appends records to the run folder; on resume drops what lies past the restored step.
+
+    Args:
+        run_dir: the run folder.
+        done_steps: steps completed before; records of later ones are removed.
+        tensorboard: whether to write event files too.
+    """
+
+    def __init__(self, run_dir: Path, *, done_steps: int, tensorboard: bool) -> None:
+        self.run_dir = run_dir
+        for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl"):
+            _truncate(run_dir / name, done_steps)
+        self.board = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
+            if tensorboard
+            else None
+        )
+
+    def write(self, file: str, step: int, record: Mapping[str, float]) -> None:
+        """Append {"step": step, **record} to `<file>.jsonl` and to TensorBoard."""
+        with (self.run_dir / f"{file}.jsonl").open("a") as out:
+            out.write(json.dumps({"step": step, **record}) + "\n")
+        if self.board is not None:
+            for key, value in record.items():
+                self.board.add_scalar(f"{file}/{key}", value, step)
+
+    def close(self) -> None:
+        """Flush the event files."""
+        if self.board is not None:
+            self.board.close()
+
+
+def _truncate(path: Path, done_steps: int) -> None:
+    """Keep the records up to `done_steps`; a torn last line is dropped."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: dropping a torn record", path)
+            continue
+        if record["step"] <= done_steps:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
