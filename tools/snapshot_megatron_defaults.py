@@ -11,18 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-FIELDS_FILE = (
-    Path(__file__).resolve().parents[1] / "ring_train" / "plan" / "megatron_fields.json"
-)
+FIELDS_FILE = Path(__file__).resolve().parents[1] / "ring_train" / "plan" / "megatron_fields.json"
 
 
 def snapshot() -> dict[str, Any]:
     """Return {"megatron_core": version, "fields": {name: default}} of the installed megatron."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    fields = {
-        field.name: _default(field) for field in dataclasses.fields(TransformerConfig)
-    }
+    fields = {field.name: _default(field) for field in dataclasses.fields(TransformerConfig)}
     return {"megatron_core": version("megatron-core"), "fields": fields}
 
 
@@ -37,6 +33,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def main() -> int:
+    """Write the snapshot; return the exit status."""
     FIELDS_FILE.write_text(json.dumps(snapshot(), indent=1) + "\n", encoding="ascii")
     return 0
 

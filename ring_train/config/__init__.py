@@ -7,7 +7,7 @@ from ring_train.config.choices import (
     Precision,
     ScoreFunction,
 )
-from ring_train.config.compose import ConfigError, compose, read_yaml, to_yaml
+from ring_train.config.composition import ConfigError, compose, read_yaml, to_yaml
 from ring_train.config.data import DataConfig, DomainConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig

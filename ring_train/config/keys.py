@@ -53,9 +53,9 @@ def all_keys(schema: type, prefix: str = "") -> list[str]:
     """Return the dotted names of all leaves of a node type."""
     keys = []
     for name, hint in typing.get_type_hints(schema).items():
-        hint = _without_none(hint)
-        if dataclasses.is_dataclass(hint):
-            keys += all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        node = _without_none(hint)
+        if dataclasses.is_dataclass(node):
+            keys += all_keys(typing.cast(type, node), f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys

@@ -29,7 +29,7 @@ class ModelConfig:
     """Tokens; the longest sequence that export promises."""
 
     layer_group_size: int
-    """Every layer_group_size-th layer is softmax attention, the others lightning; 1 = all softmax."""
+    """Every so many layers one is softmax attention, the others lightning; 1 = all softmax."""
     first_k_dense_replace: int
     """Leading layers whose MLP is dense; the others are MoE."""
     token_mixers: list[str] | None = None

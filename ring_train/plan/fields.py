@@ -45,6 +45,7 @@ DERIVED_FIELDS = frozenset(
         "bias_activation_fusion",
         "bias_dropout_fusion",
         "calculate_per_token_loss",
+        "cuda_graph_modules",
         "gated_linear_unit",
         "gradient_accumulation_fusion",
         "hidden_dropout",
@@ -97,11 +98,11 @@ def owners() -> dict[str, str]:
     return found
 
 
-def same_named_fields(node: object) -> dict[str, Any]:
+def same_named_fields(node: ModelConfig | ParallelConfig) -> dict[str, Any]:
     """Return the values of a config node that TransformerConfig gets unchanged, by name."""
     names = snapshot()["fields"].keys() - DERIVED_FIELDS
-    fields = dataclasses.fields(node)  # type: ignore[arg-type]
-    return {field.name: getattr(node, field.name) for field in fields if field.name in names}
+    found = dataclasses.fields(node)
+    return {field.name: getattr(node, field.name) for field in found if field.name in names}
 
 
 def passthrough_problems(megatron: dict[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ def token_mixers(model: ModelConfig) -> tuple[str, ...]:
 
 
 def channel_mixers(model: ModelConfig) -> tuple[str, ...]:
-    """Return one channel mixer per layer: leading layers dense, the others MoE if there are experts."""
+    """Return one channel mixer per layer: leading ones dense, the others MoE where there is any."""
     if model.channel_mixers is not None:
         return tuple(model.channel_mixers)
     if model.num_moe_experts is None:
@@ -108,13 +108,13 @@ def _pattern_problems(
 ) -> list[str]:
     """Return what is wrong with a list of one mixer per layer."""
     problems = [
-        f"model.{field} has {name!r}, which is not registered{nearest(name, registry)}; "
+        f"model.{field}={name} is not registered{nearest(name, registry)}; "
         f"choose from {', '.join(sorted(registry))}"
         for name in sorted(set(pattern) - registry.keys())
     ]
     if len(pattern) != model.num_layers:
         problems.append(
-            f"model.{field} names {len(pattern)} layers, but model.num_layers="
+            f"model.{field} names {len(pattern)} layers, not model.num_layers="
             f"{model.num_layers}; name one mixer per layer"
         )
     return problems

@@ -1,4 +1,4 @@
-"""megatron-core's config objects, built from the plan; the only file of this package that needs torch.
+"""megatron-core's config objects, built from the plan; no other file here needs torch.
 
 Import `ring_train.platform` before this module where there is no CUDA.
 """
@@ -82,6 +82,8 @@ LOCAL_KERNELS: dict[str, Any] = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
+    # The default warns that it is deprecated.
+    "cuda_graph_modules": [],
 }
 """Plain torch instead of CUDA, Apex and Transformer Engine kernels."""
 

@@ -54,7 +54,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     )
 
 
-POSITIVE = {
+POSITIVE: dict[str, tuple[str, ...]] = {
     "model": (
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
         *("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
@@ -75,7 +75,7 @@ POSITIVE = {
     "checkpoint": ("keep",),
     "logging": ("interval_steps",),
 }
-NOT_NEGATIVE = {
+NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "model": (
         *("first_k_dense_replace", "num_shared_experts", "moe_router_bias_update_rate"),
         *(
@@ -92,7 +92,10 @@ NOT_NEGATIVE = {
     ),
     "checkpoint": ("interval_steps",),
 }
-BELOW_OR_AT_ONE = {"model": ("rotary_percent",), "optim": ("adam_beta1", "adam_beta2")}
+BELOW_OR_AT_ONE: dict[str, tuple[str, ...]] = {
+    "model": ("rotary_percent",),
+    "optim": ("adam_beta1", "adam_beta2"),
+}
 
 
 def value_problems(config: Config, world_size: int) -> list[str]:
@@ -131,7 +134,7 @@ def run_problems(config: Config) -> list[str]:
         if not domain.weight >= 0
     ]
     if domains and not any(domain.weight > 0 for domain in domains.values()):
-        problems.append("data.domains: no domain has a positive weight; weigh at least one")
+        problems.append("data.domains.*.weight=0: nothing to sample; give one domain a weight")
     if train.eval_interval_steps and not train.eval_steps:
         problems.append(
             f"train.eval_steps=0 leaves nothing to evaluate every train.eval_interval_steps="

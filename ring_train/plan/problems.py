@@ -16,9 +16,9 @@ class PlanError(UserError):
         super().__init__("\n".join(self.problems))
 
 
-def divisors(number: int) -> list[int]:
-    """Return all divisors of a positive number, ascending."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+def divisors(number: int, up_to: int = 1024) -> list[int]:
+    """Return the divisors of a positive number, ascending."""
+    return [d for d in range(1, min(number, up_to) + 1) if number % d == 0]
 
 
 def indivisible(key: str, value: int, by_key: str, by: int) -> list[str]:

@@ -158,11 +158,11 @@ def _readable(error: Exception, schema: type) -> str:
     deepest: BaseException = error
     while deepest.__cause__ is not None:
         deepest = deepest.__cause__
-    for candidate in (deepest, error):
-        key = getattr(candidate, "full_key", None)
-        if not key:
-            continue
-        return lookup_key(schema, key).problem or f"{key}: {_first_line(candidate)}"
+    # Hydra keeps the key only in the text of an error about a file.
+    in_text = re.search(r"full_key: (\S+)", str(error))
+    key = getattr(deepest, "full_key", None) or (in_text and in_text.group(1))
+    if key:
+        return lookup_key(schema, key).problem or f"{key}: {_first_line(deepest)}"
     unchosen = re.search(r"You must specify '(\w+)'", str(error))
     if unchosen:
         group = unchosen.group(1)

@@ -1,0 +1,84 @@
+"""Every shipped YAML file composes and plans; none is dead."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ring_train.config import compose
+from ring_train.config.composition import CONF_DIR, ROOTS, groups, presets
+from ring_train.jobs.dry_run import main
+from ring_train.plan import make_plan, smallest_world
+
+RELEASED = {
+    *("ring_flash_linear_2_0", "ring_mini_linear_2_0", "ling_mini_2_0", "ling_flash_2_0"),
+    *("ling_1t", "ring_lite"),
+}
+FIXED_WORLDS = {"ring_flash_linear_512gpu": 512, "ring_mini_linear_16gpu": 16}
+REQUIRED = {
+    "score": ["hf_dir=a", "prompts=b", "output=c"],
+    "export": ["checkpoint=a", "output=b"],
+    "generate": ["hf_dir=a", "prompt=b"],
+    "reproduce": ["run=a"],
+    "pretrain": ["model=tiny"],
+    "dry_run": ["model=tiny"],
+}
+
+
+def test_the_released_models_have_presets() -> None:
+    assert set(presets("model")) >= RELEASED | {"tiny", "small"}
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_every_root_composes(root: str) -> None:
+    assert (CONF_DIR / f"{root}.yaml").is_file()
+    assert type(compose(root, REQUIRED[root])) is ROOTS[root]
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_every_model_dry_runs(preset: str) -> None:
+    assert main([f"model={preset}"]) == 0
+
+
+@pytest.mark.parametrize("experiment", presets("experiment"))
+def test_every_experiment_plans(experiment: str) -> None:
+    config = compose("pretrain", [f"experiment={experiment}"])
+    make_plan(config, FIXED_WORLDS.get(experiment, smallest_world(config.parallel)))
+
+
+@pytest.mark.parametrize(
+    ("group", "preset"),
+    [
+        (group, preset)
+        for group in groups()
+        if group not in ("model", "experiment")
+        for preset in presets(group)
+    ],
+)
+def test_every_other_preset_plans(group: str, preset: str) -> None:
+    words = ["model=tiny"]
+    if group == "train":
+        words.append("optim=short")
+    config = compose("pretrain", [*words, f"{group}={preset}"])
+    make_plan(config, smallest_world(config.parallel))
+
+
+def test_the_demo_is_what_the_readme_promises() -> None:
+    config = compose("pretrain", ["experiment=demo"])
+    model = config.model
+    plan = make_plan(config, 2)
+    assert config.run_dir == "runs/demo"
+    assert model.num_layers >= 8
+    assert model.layer_group_size == 4
+    assert plan.layers.channel_mixers == ("dense",) + ("moe",) * (model.num_layers - 1)
+    assert (model.num_moe_experts, model.moe_router_topk, plan.layers.num_mtp) == (16, 2, 1)
+    assert model.moe_router_num_groups
+    assert model.num_shared_experts
+    assert (plan.mesh.world_size, plan.mesh.ep) == (2, 2)
+
+
+@pytest.mark.parametrize("path", sorted(CONF_DIR.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="ascii")
+    assert isinstance(yaml.safe_load(text), dict)
+    assert text.startswith("# "), "begin with a comment"

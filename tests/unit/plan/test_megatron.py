@@ -1,0 +1,89 @@
+"""megatron's config objects hold exactly what the plan says, and each field has one owner."""
+
+import dataclasses
+import typing
+
+import pytest
+
+import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
+from ring_train.config import Config, ModelConfig, ParallelConfig
+from ring_train.plan import make_plan
+from ring_train.plan.fields import (
+    DERIVED_FIELDS,
+    RUNTIME_FIELDS,
+    owners,
+    same_named_fields,
+    snapshot,
+)
+from ring_train.plan.megatron import (
+    derived_fields,
+    make_ddp_config,
+    make_optimizer_config,
+    make_transformer_config,
+)
+from tests.unit.plan.configs import tiny
+from tools.snapshot_megatron_defaults import snapshot as installed_snapshot
+
+LAYOUTS = (["parallel=single"], ["parallel=tp2"], ["parallel=pp2"], ["parallel=ep2"])
+
+
+def test_the_snapshot_is_that_of_the_installed_megatron() -> None:
+    assert snapshot() == installed_snapshot()
+
+
+def test_every_field_has_one_owner() -> None:
+    fields = snapshot()["fields"].keys()
+    assert fields >= DERIVED_FIELDS | RUNTIME_FIELDS
+    assert not DERIVED_FIELDS & RUNTIME_FIELDS
+    model, parallel = (
+        {f.name for f in dataclasses.fields(n)} for n in (ModelConfig, ParallelConfig)
+    )
+    assert not model & parallel
+    assert not (model | parallel) & RUNTIME_FIELDS
+    assert owners().keys() == (model | parallel) & fields | DERIVED_FIELDS | RUNTIME_FIELDS
+
+
+def test_no_other_node_spells_a_megatron_field() -> None:
+    for name, node in typing.get_type_hints(Config).items():
+        if name not in ("model", "parallel") and dataclasses.is_dataclass(node):
+            names = {field.name for field in dataclasses.fields(node)}
+            assert not names & snapshot()["fields"].keys()
+
+
+def test_derived_fields_are_those_declared() -> None:
+    assert derived_fields(make_plan(tiny(), 1)).keys() == DERIVED_FIELDS
+
+
+@pytest.mark.parametrize("words", LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_megatron_keeps_every_value_it_is_given(words: list[str], precision: str) -> None:
+    config = tiny(*words, f"train.precision={precision}")
+    plan = make_plan(config, 2)
+    given = same_named_fields(config.model) | same_named_fields(config.parallel)
+    given |= derived_fields(plan)
+    built = make_transformer_config(plan)
+    assert {name: getattr(built, name) for name in given} == given
+
+
+def test_passed_through_fields_arrive() -> None:
+    plan = make_plan(tiny("model.megatron.distribute_saved_activations=false"), 1)
+    assert make_transformer_config(plan).distribute_saved_activations is False
+    plan = make_plan(tiny("model.megatron.barrier_with_L1_time=false"), 1)
+    assert make_transformer_config(plan).barrier_with_L1_time is False
+
+
+def test_a_model_without_experts_builds() -> None:
+    plan = make_plan(tiny("model.num_moe_experts=null", "model.mtp_num_layers=0"), 1)
+    assert make_transformer_config(plan).num_moe_experts is None
+
+
+def test_optimizer_and_ddp_follow_the_plan() -> None:
+    plan = make_plan(tiny("parallel=dp_sharded", "train.precision=bf16"), 2)
+    optimizer, ddp = make_optimizer_config(plan), make_ddp_config(plan)
+    assert optimizer.use_distributed_optimizer
+    assert ddp.use_distributed_optimizer
+    assert optimizer.bf16
+    assert optimizer.decoupled_weight_decay
+    assert (optimizer.lr, optimizer.adam_beta2, optimizer.clip_grad) == (3e-3, 0.95, 1.0)
+    assert ddp.grad_reduce_in_fp32
+    assert not ddp.average_in_collective
