@@ -1,10 +1,10 @@
-"""megatron-core's config objects, built from the plan; no other file here needs torch.
-
-Import `ring_train.platform` before this module where there is no CUDA.
-"""
+"""megatron-core's config objects, built from the plan; no other file here needs torch."""
 
 from typing import Any
 
+import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
+
+# isort: split
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig

@@ -5,7 +5,6 @@ import typing
 
 import pytest
 
-import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
 from ring_train.config import Config, ModelConfig, ParallelConfig
 from ring_train.plan import make_plan
 from ring_train.plan.fields import (
