@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     `ring_train.runtime.errors.run_job` prints the message alone and exits with status 2.
     """
+
+    rank: int | None = None
+    """Global rank that raised it, set by `start_runtime`; None before the runtime started."""

@@ -51,6 +51,7 @@ class RankError(AssertionError):
 def warm_megatron() -> None:
     """megatron-core is imported, and works without CUDA."""
     import torch
+    import torch._dynamo  # every optimizer imports it: better once here than in each rank
 
     import ring_train.runtime  # noqa: F401
 
@@ -75,9 +76,7 @@ def on_ranks(warm_megatron: None, tmp_path: Path) -> OnRanks:
     return run
 
 
-def _run_ranks(
-    num_ranks: int, store: Path, body: Callable[[], Any], timeout_s: float
-) -> list[Any]:
+def _run_ranks(num_ranks: int, store: Path, body: Callable[[], Any], timeout_s: float) -> list[Any]:
     __tracebackhide__ = True
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
@@ -106,7 +105,7 @@ def _run_ranks(
 def _collect(readers: list[Connection], timeout_s: float) -> list[Any]:
     """Return one result per rank, or raise RankError with what the failing ranks said."""
     __tracebackhide__ = True
-    waiting = {reader: rank for rank, reader in enumerate(readers)}
+    waiting: dict[Any, int] = {reader: rank for rank, reader in enumerate(readers)}
     results: dict[int, Any] = {}
     failures: list[str] = []
     deadline = time.monotonic() + timeout_s
@@ -131,7 +130,7 @@ def _collect(readers: list[Connection], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(readers))]
 
 
-def _receive(reader: Connection) -> tuple[bool, Any]:
+def _receive(reader: Any) -> tuple[bool, Any]:
     try:
         return pickle.loads(reader.recv_bytes())
     except EOFError:

@@ -15,9 +15,11 @@ Unusual in this file:
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -128,15 +130,15 @@ class FusedAdam(torch.optim.Optimizer):
             group["step"] = int(group.get("step", 0)) + 1
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group)
+                    self._update(param, param.grad, group)
 
-    def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         beta1, beta2 = group["betas"]
-        lr, weight_decay, grad = group["lr"], group["weight_decay"], param.grad
+        lr, weight_decay = group["lr"], group["weight_decay"]
         if self.adam_w_mode:
             param.mul_(1 - lr * weight_decay)
         elif weight_decay:
@@ -156,8 +158,9 @@ def install() -> bool:
         return False
     _patch_torch_cuda()
     with _without_compile(), warnings.catch_warnings():
-        # megatron-core says once per module that Transformer Engine is absent.
+        # megatron-core says once per module that Transformer Engine is absent, torch that CUDA is.
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         _patch_megatron()
     _CudaAsCpu().__enter__()
     return True
@@ -169,6 +172,10 @@ def _patch_torch_cuda() -> None:
 
     def set_rng_state(state: torch.Tensor, device: object = None) -> None:
         torch.set_rng_state(state)
+
+    # A function of its own: torch._dynamo refuses one function under two names.
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
 
     replacements = {
         "current_device": lambda: CPU,
@@ -182,7 +189,7 @@ def _patch_torch_cuda() -> None:
         "Event": _Event,
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
-        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "manual_seed": manual_seed,
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
@@ -193,27 +200,27 @@ def _patch_torch_cuda() -> None:
 @contextlib.contextmanager
 def _without_compile() -> Iterator[None]:
     """torch.compile returns its argument inside this context."""
-    real = torch.compile
-    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function
-    try:
+
+    def identity(model: Any = None, **_: object) -> Any:
+        return model if model is not None else lambda function: function
+
+    with mock.patch.object(torch, "compile", identity):
         yield
-    finally:
-        torch.compile = real
 
 
 def _patch_megatron() -> None:
     import megatron.core.jit
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
-    import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     # Modules imported later must not compile either.
     megatron.core.jit.disable_jit_fuser()
 
     # The original indexes torch.cuda.default_generators, which is empty.
-    def set_rng_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(state)
+    def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
 
     random._set_cuda_rng_state = set_rng_state
 
@@ -226,7 +233,7 @@ def _patch_megatron() -> None:
     # See FusedAdam. Where Apex or Transformer Engine can be imported without CUDA, still ours.
     optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed_optimizer.Adam = FusedAdam
-    distributed_optimizer.HAVE_APEX_OR_TE = True
-    distributed_optimizer.USING_TE_OPTIMIZER = False
-    distributed_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.Adam = FusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = False
+    distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -113,17 +113,18 @@ def _make_groups(plan: "Plan") -> Groups:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(plan.config.seed, force_reset_rng=True)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
-        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        collection=collection,
         device=local_device(),
         rank=dist.get_rank(),
         world_size=mesh.world_size,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_rank=collection.tp.rank(),
+        pp_rank=collection.pp.rank(),
+        ep_rank=collection.ep.rank(),
+        etp_rank=collection.expt_tp.rank(),
+        cp_rank=collection.cp.rank(),
+        dp_rank=collection.dp.rank(),
     )
 
 

@@ -20,8 +20,7 @@ def run_job(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        started = getattr(error, "rank", None) is not None
-        if started or os.environ.get("RANK", "0") == "0":
+        if error.rank is not None or os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         sys.exit(USER_ERROR_STATUS)
     sys.exit(0)

@@ -35,7 +35,7 @@ class _LineHandler(logging.Handler):
 
 
 def start_logs(rank: int) -> None:
-    """Send our INFO lines and the libraries' warnings to stderr; a second call replaces the first."""
+    """Send our INFO lines and the warnings of libraries to stderr; may be called again."""
     handler = _LineHandler()
     handler.addFilter(_RankFilter(rank))
     handler.setFormatter(

@@ -36,7 +36,7 @@ def assert_column_parallel_equals_dense() -> None:
         config = TransformerConfig(
             num_layers=1, hidden_size=8, num_attention_heads=2, tensor_model_parallel_size=2
         )
-        layer = ColumnParallelLinear(
+        layer: Any = ColumnParallelLinear(
             8,
             12,
             config=config,
@@ -45,7 +45,7 @@ def assert_column_parallel_equals_dense() -> None:
             gather_output=True,
             tp_group=groups.collection.tp,
         )
-        weight = random_tensor(12, 8, seed=1).requires_grad_()
+        weight: Any = random_tensor(12, 8, seed=1).requires_grad_()
         x = random_tensor(5, 1, 8, seed=2).requires_grad_()
         rows = slice(6 * groups.tp_rank, 6 * groups.tp_rank + 6)
         layer.weight.data.copy_(weight.data[rows])
@@ -79,7 +79,7 @@ def build_sharded_linear(groups: Any) -> tuple[Any, Any, torch.nn.Parameter]:
             return (x @ self.weight).square().mean()
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2)
-    model = DistributedDataParallel(
+    model: Any = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(use_distributed_optimizer=True),
         Linear(config),
@@ -167,7 +167,7 @@ def assert_expert_parallel_equals_dense() -> None:
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=2,
         )
-        build = get_moe_module_spec(use_te=False, num_experts=num_experts)
+        build: Any = get_moe_module_spec(use_te=False, num_experts=num_experts)
         layer = build(config=config, layer_number=1, pg_collection=groups.collection)
         fc1 = [random_tensor(f, h, seed=10 + e).requires_grad_() for e in range(num_experts)]
         fc2 = [random_tensor(h, f, seed=20 + e).requires_grad_() for e in range(num_experts)]
@@ -184,8 +184,11 @@ def assert_expert_parallel_equals_dense() -> None:
 
         logits, experts = (x @ layer.router.weight.detach().T).topk(2)
         gates = torch.zeros(2, 7, 1, num_experts).scatter(-1, experts, logits.softmax(-1))
-        outputs = [torch.nn.functional.silu(x @ w1.T) @ w2.T for w1, w2 in zip(fc1, fc2)]
-        dense = sum(gates[..., e, None] * outputs[e] for e in range(num_experts))
+        dense = torch.zeros_like(x)
+        for e in range(num_experts):
+            dense = dense + gates[..., e, None] * (
+                torch.nn.functional.silu(x @ fc1[e].T) @ fc2[e].T
+            )
         dense.square().sum().backward()
         torch.testing.assert_close(y, dense[groups.dp_rank], **TOLERANCE)
         for j, expert in enumerate(layer.experts.local_experts):
@@ -199,13 +202,14 @@ def test_expert_parallel_equals_dense(on_ranks: OnRanks) -> None:
 
 
 def random_states_of_rank() -> list[list[float]]:
-    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from ring_train.runtime import start_runtime
 
     with start_runtime(make_plan(2, tp=2)):
         shared = torch.rand(3, device="cuda")
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracker: Any = get_cuda_rng_tracker()
+        with tracker.fork():
             own = torch.rand(3)
         after = torch.rand(3)
     return [shared.tolist(), own.tolist(), after.tolist()]
@@ -215,6 +219,6 @@ def test_random_states_are_shared_outside_and_own_inside_tensor_parallel_regions
     on_ranks: OnRanks,
 ) -> None:
     (shared0, own0, after0), (shared1, own1, after1) = on_ranks(2, random_states_of_rank)
-    assert shared0 == shared1 and after0 == after1
+    assert (shared0, after0) == (shared1, after1)
     assert own0 != own1
     assert after0 != shared0

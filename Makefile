@@ -1,0 +1,62 @@
+# Every target first installs what is missing. The two that matter: `make demo` and `make test`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+UV := .venv/bin/uv
+PYTEST := $(PYTHON) -m pytest
+HF457 := .venv-hf457/bin/python
+INSTALLED := .venv/.installed
+INSTALLED_HF457 := .venv-hf457/.installed
+
+# One thread a rank, and nothing is downloaded while anything runs.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test test-unit test-hf457 lint check
+
+help:  ## show the targets
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## create .venv with every pinned dependency
+
+$(INSTALLED): requirements/dev.txt requirements/uv.txt pyproject.toml
+	@for python in python3.12 python3 python; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then \
+	        found=$$python; break; \
+	    fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "Python 3.12 is not on the PATH; install it" >&2; exit 1; fi; \
+	[ -x $(PYTHON) ] || $$found -m venv .venv
+	[ -x $(UV) ] || $(PYTHON) -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(UV) pip sync --quiet --python $(PYTHON) requirements/dev.txt
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generated text
+	$(PYTHON) tools/demo.py
+
+test: $(INSTALLED)  ## all tests that need no GPU
+	$(PYTEST) -n 2 tests/unit tests/repo
+	$(PYTEST) -n 2 tests/parallel tests/e2e
+
+test-unit: $(INSTALLED)  ## tests in one process
+	$(PYTEST) -n 2 tests/unit
+
+test-hf457: $(INSTALLED_HF457)  ## exported folders in transformers 4.57, in an environment of its own
+	$(HF457) -m pytest -c tests/hf457/pytest.ini --rootdir . tests/hf457
+
+$(INSTALLED_HF457): requirements/hf457.txt $(INSTALLED)
+	[ -x $(HF457) ] || $(UV) venv --quiet --python $(PYTHON) .venv-hf457
+	$(UV) pip sync --quiet --python $(HF457) requirements/hf457.txt
+	@touch $@
+
+lint: $(INSTALLED)  ## format, lint, types and import layers
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyrefly check
+	.venv/bin/lint-imports
+
+check: lint  ## what a change must pass
+	$(PYTEST) -n 2 tests/unit tests/parallel tests/repo
