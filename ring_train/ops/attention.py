@@ -24,7 +24,9 @@ def document_attention(
     what one gets is bit-equal whatever its neighbours hold.
 
     Args:
-        q, k, v: one packed row.
+        q: queries of one packed row.
+        k: keys, of fewer heads.
+        v: values.
         cu_seqlens: [documents + 1], from 0 to t, strictly increasing.
         lengths: host copy of the document lengths; avoids a device sync.
         scale: of the scores, default d ** -0.5.

@@ -21,6 +21,11 @@ def document_lengths(
     Raises:
         ValueError: the boundaries are not those of `num_tokens` tokens.
     """
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} are not boundaries; pass "
+            "[documents + 1] integers"
+        )
     if lengths is None or cu_seqlens.device.type == "cpu":
         boundaries = cu_seqlens.tolist()
         _check_boundaries(boundaries, num_tokens)
@@ -31,9 +36,10 @@ def document_lengths(
                 "differences of cu_seqlens, or None"
             )
         return found
-    if len(lengths) != cu_seqlens.numel() - 1 or min(lengths) < 1 or sum(lengths) != num_tokens:
+    documents = cu_seqlens.numel() - 1
+    if not lengths or len(lengths) != documents or min(lengths) < 1 or sum(lengths) != num_tokens:
         raise ValueError(
-            f"lengths={lengths} are not {cu_seqlens.numel() - 1} documents of at least one token "
+            f"lengths={lengths} are not {documents} documents of at least one token "
             f"and {num_tokens} tokens together; pass the differences of cu_seqlens, or None"
         )
     return tuple(lengths)

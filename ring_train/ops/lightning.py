@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ring_train.ops.documents import document_indices, document_lengths
 from ring_train.ops.precision import compute_dtype
@@ -26,7 +27,7 @@ SCAN_BLOCK = 64
 """Chunks that one matrix product scans; more are scanned in blocks of this many."""
 
 
-def lightning_attention(
+def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a kernel
     q: Float[Tensor, "t n d"],
     k: Float[Tensor, "t n d"],
     v: Float[Tensor, "t n dv"],
@@ -41,11 +42,14 @@ def lightning_attention(
 ) -> tuple[Float[Tensor, "t n dv"], Float[Tensor, "documents n d dv"] | None]:
     """Return the output in the dtype of `q`, and the fp32 (fp64) state after each document or None.
 
-    No value of one document reaches another one, in the output or in a gradient: what a document
-    gets is bit-equal whatever its neighbours hold.
+    No finite value of one document reaches another one, in the output or in a gradient: what a
+    document gets is bit-equal whatever its neighbours hold. Differentiable once, in q, k, v and
+    `initial_state`.
 
     Args:
-        q, k, v: one packed row.
+        q: queries of one packed row.
+        k: keys.
+        v: values, whose head dim may differ.
         slopes: decay rates > 0 of these heads, see `decay_slopes`.
         cu_seqlens: [documents + 1], from 0 to t, strictly increasing.
         lengths: host copy of the document lengths; avoids a device sync.
@@ -59,18 +63,21 @@ def lightning_attention(
         raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 or 128")
     lengths = document_lengths(cu_seqlens, q.shape[0], lengths)
     _check_state(initial_state, (len(lengths), *q.shape[1:], v.shape[2]))
-    dtype = compute_dtype(q.dtype)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     documents = document_indices(cu_seqlens, q.shape[0]) if len(lengths) > 1 else None
     rates = slopes.detach().double()
-    output = _ChunkedAttention.apply(q, k, v, rates, documents, scale, chunk_size)
+    row = _Row(rates, documents, scale, chunk_size)
+    if initial_state is None and not output_final_state:
+        return _ChunkedAttention.apply(q, k, v, row).to(q.dtype), None
+    dtype, output_dtype = compute_dtype(q.dtype), q.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # once: gradients are summed, then rounded
+    output = _ChunkedAttention.apply(q, k, v, row)
+    before = None
     if initial_state is not None:
-        carried = _read_initial(q.to(dtype), rates, lengths, initial_state.to(dtype))
-        output = output + scale * carried
-    final_state = None
-    if output_final_state:
-        final_state = _final_state(k.to(dtype), v.to(dtype), rates, lengths, initial_state)
-    return output.to(q.dtype), final_state
+        before = initial_state.to(dtype)
+        output = output + scale * _read_initial(q, rates, lengths, before)
+    final_state = _final_state(k, v, rates, lengths, before) if output_final_state else None
+    return output.to(output_dtype), final_state
 
 
 def lightning_attention_step(
@@ -121,11 +128,24 @@ def lightning_attention_recurrent_reference(
     return torch.stack(outputs).to(q.dtype), torch.stack(states)
 
 
-class _Weights(NamedTuple):
-    """Decay weights of one chunked row, exact zeros between documents."""
+class _Row(NamedTuple):
+    """What does not depend on the values of a row."""
 
-    inside: Float[Tensor, "n chunks_or_1 c c"]
-    """Of key j for query r of the same chunk."""
+    rates: Float[Tensor, " n"]
+    """Decay rates, float64."""
+    documents: Int[Tensor, " t"] | None
+    """Document of each token; None where there is only one."""
+    scale: float
+    chunk_size: int
+
+
+class _Weights(NamedTuple):
+    """Decay weights of a row in chunks, exact zeros between documents."""
+
+    inside: Float[Tensor, "n 1 c c"]
+    """Of key j for query r of the same chunk and document."""
+    same: Float[Tensor, "chunks c c"] | None
+    """1 where r and j are of one document; None where all are."""
     read: Float[Tensor, "n chunks_or_1 c 1"]
     """Of the state before the chunk for query r."""
     write: Float[Tensor, "n chunks_or_1 c 1"]
@@ -137,76 +157,71 @@ class _Weights(NamedTuple):
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Output in the compute dtype; saves the inputs and the state before each chunk."""
+    """Output in the compute dtype; keeps the inputs and the state before each chunk."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rates: Tensor,
-        documents: Tensor | None,
-        scale: float,
-        chunk_size: int,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: _Row) -> Tensor:
         dtype = compute_dtype(q.dtype)
-        weights = _make_weights(rates, documents, q.shape[0], chunk_size, dtype)
-        qc, kc, vc = (_to_chunks(x, chunk_size, dtype) for x in (q, k, v))
-        qc.mul_(scale)
+        weights = _make_weights(row, q.shape[0], dtype)
+        qc, kc, vc = (_to_chunks(x, row.chunk_size, dtype) for x in (q, k, v))
+        qc.mul_(row.scale)
         updates = (kc * weights.write).mT @ vc  # [n, chunks, d, dv]
-        states = _scan(updates, rates * chunk_size, weights, reverse=False)
-        scores = (qc @ kc.mT).mul_(weights.inside)  # [n, chunks, c, c]
-        output = scores @ vc + (qc * weights.read) @ states  # [n, chunks, c, dv]
-        ctx.save_for_backward(q, k, v, rates, documents, states)
-        ctx.scale, ctx.chunk_size = scale, chunk_size
+        states = _scan(updates, row, weights, reverse=False)
+        output = _masked_product(qc, kc, weights) @ vc  # [n, chunks, c, dv]
+        output = _add_product(output, qc * weights.read, states)
+        ctx.save_for_backward(q, k, v, states)
+        ctx.row = row
         return _to_row(output, q.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, rates, documents, states = ctx.saved_tensors
-        num_tokens, chunk_size, dtype = q.shape[0], ctx.chunk_size, grad.dtype
-        weights = _make_weights(rates, documents, num_tokens, chunk_size, dtype)
-        qc, kc, vc, gc = (_to_chunks(x, chunk_size, dtype) for x in (q, k, v, grad))
-        gc.mul_(ctx.scale)
-        read_grad = (qc * weights.read).mT @ gc  # [n, chunks, d, dv]
-        write_grad = _scan(read_grad, rates * chunk_size, weights, reverse=True)
-        score_grad = (gc @ vc.mT).mul_(weights.inside)  # [n, chunks, c, c]
-        scores = (qc @ kc.mT).mul_(weights.inside)
-        q_grad = score_grad @ kc + (gc @ states.mT).mul_(weights.read)
-        k_grad = score_grad.mT @ qc + (vc @ write_grad.mT).mul_(weights.write)
-        v_grad = scores.mT @ gc + (kc @ write_grad).mul_(weights.write)
-        row = (_to_row(x, num_tokens).to(q.dtype) for x in (q_grad, k_grad, v_grad))
-        return *row, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        q, k, v, states = ctx.saved_tensors
+        row: _Row = ctx.row
+        num_tokens, dtype = q.shape[0], grad.dtype
+        weights = _make_weights(row, num_tokens, dtype)
+        qc, kc, vc, gc = (_to_chunks(x, row.chunk_size, dtype) for x in (q, k, v, grad))
+        gc.mul_(row.scale)
+        gr, kw, vw = gc * weights.read, kc * weights.write, vc * weights.write
+        update_grad = _scan(qc.mT @ gr, row, weights, reverse=True)  # [n, chunks, d, dv]
+        score_grad = _masked_product(gc, vc, weights)  # [n, chunks, c, c]
+        q_grad = _add_product(score_grad @ kc, gr, states.mT)
+        k_grad = _add_product(score_grad.mT @ qc, vw, update_grad.mT)
+        v_grad = _add_product(_masked_product(qc, kc, weights).mT @ gc, kw, update_grad)
+        grads = (_to_row(x, num_tokens).to(q.dtype) for x in (q_grad, k_grad, v_grad))
+        return *grads, None
 
 
-def _make_weights(
-    rates: Float[Tensor, " n"],
-    documents: Int[Tensor, " t"] | None,
-    num_tokens: int,
-    chunk_size: int,
-    dtype: torch.dtype,
-) -> _Weights:
-    """Return the weights of a row; without `documents` it is one document."""
-    chunks = -(-num_tokens // chunk_size)
-    place = torch.arange(chunk_size, device=rates.device)
+def _make_weights(row: _Row, num_tokens: int, dtype: torch.dtype) -> _Weights:
+    rates, size = row.rates, row.chunk_size
+    chunks = -(-num_tokens // size)
+    place = torch.arange(size, device=rates.device)
     inside = _decay(rates, place[:, None] - place[None, :], dtype).unsqueeze(1)  # [n, 1, c, c]
     read = _decay(rates, place + 1, dtype)[:, None, :, None]  # [n, 1, c, 1]
-    write = _decay(rates, chunk_size - 1 - place, dtype)[:, None, :, None]
-    if documents is None:
+    write = _decay(rates, size - 1 - place, dtype)[:, None, :, None]
+    if row.documents is None:
         one = torch.zeros(chunks, dtype=torch.int64, device=rates.device)
-        return _Weights(inside, read, write, one, one)
-    padded = torch.cat([documents, documents[-1:].expand(chunks * chunk_size - num_tokens)])
-    padded = padded.view(chunks, chunk_size)
-    first, last = padded[:, :1], padded[:, -1:]
-    same = padded[:, :, None] == padded[:, None, :]  # [chunks, c, c]
+        return _Weights(inside, None, read, write, one, one)
+    filled = row.documents[-1:].expand(chunks * size - num_tokens)
+    documents = torch.cat([row.documents, filled]).view(chunks, size)
+    first, last = documents[:, :1], documents[:, -1:]
     return _Weights(
-        inside * same,
-        read * (padded == first)[:, :, None],
-        write * (padded == last)[:, :, None],
+        inside,
+        (documents[:, :, None] == documents[:, None, :]).to(dtype),
+        read * (documents == first)[:, :, None],
+        write * (documents == last)[:, :, None],
         first.squeeze(1),
         last.squeeze(1),
     )
+
+
+def _masked_product(
+    a: Float[Tensor, "n chunks c d"], b: Float[Tensor, "n chunks c d"], weights: _Weights
+) -> Float[Tensor, "n chunks c c"]:
+    """Return a @ b^T within chunks, times the weights inside a chunk."""
+    product = (a @ b.mT).mul_(weights.inside)
+    return product if weights.same is None else product.mul_(weights.same)
 
 
 def _decay(
@@ -218,13 +233,10 @@ def _decay(
 
 
 def _scan(
-    updates: Float[Tensor, "n chunks d dv"],
-    rates: Float[Tensor, " n"],
-    weights: _Weights,
-    *,
-    reverse: bool,
+    updates: Float[Tensor, "n chunks d dv"], row: _Row, weights: _Weights, *, reverse: bool
 ) -> Float[Tensor, "n chunks d dv"]:
     """Return the state before each chunk from each chunk's update; `reverse`: the transpose."""
+    rates = row.rates * row.chunk_size
     states = _scan_flat(updates.flatten(2), rates, weights.first, weights.last, reverse)
     return states.view_as(updates)
 
@@ -270,6 +282,16 @@ def _transfer(
     decay = decay.view(-1, *(1 for _ in first.shape[1:]), *decay.shape[1:])
     transfer = decay * (first[..., :, None] == last[..., None, :])
     return transfer.mT if reverse else transfer
+
+
+def _add_product(
+    x: Float[Tensor, "n chunks r m"],
+    a: Float[Tensor, "n chunks r d"],
+    b: Float[Tensor, "n chunks d m"],
+) -> Float[Tensor, "n chunks r m"]:
+    """Add a @ b to `x` in place."""
+    x.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return x
 
 
 def _to_chunks(
@@ -319,7 +341,7 @@ def _final_state(
         state = torch.einsum("tnd,tne->nde", key * weight, value)
         if initial_state is not None:
             kept = torch.exp(-rates * length).to(k.dtype)[:, None, None]
-            state = state + kept * initial_state[document].to(k.dtype)
+            state = state + kept * initial_state[document]
         states.append(state)
     return torch.stack(states)
 

@@ -1,4 +1,4 @@
-"""The one rule for the dtype of an accumulation."""
+"""The dtypes that the ops take, and the one they compute in."""
 
 import torch
 

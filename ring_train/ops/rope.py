@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ring_train.ops.precision import compute_dtype
+
 
 def rotary_angles(
     position_ids: Int[Tensor, " t"],
@@ -22,6 +24,7 @@ def rotary_angles(
             f"position_ids {tuple(position_ids.shape)} {position_ids.dtype} are not one int64 per "
             "token; pass [t] integers"
         )
+    compute_dtype(dtype)
     exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).to(dtype) / rotary_dim
     angles = position_ids.to(dtype)[:, None] * (1.0 / base**exponents)  # [t, r/2]
     angles = torch.cat([angles, angles], dim=-1)
@@ -41,6 +44,7 @@ def apply_partial_rope(
             f"cos={tuple(cos.shape)}, sin={tuple(sin.shape)} do not fit x={tuple(x.shape)}; take "
             "them from rotary_angles of the same tokens, with rotary_dim <= d"
         )
+    compute_dtype(x.dtype)
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)  # [t, 1, r]
     rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
     low, high = rotated.chunk(2, dim=-1)

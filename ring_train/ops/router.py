@@ -27,7 +27,7 @@ def group_limited_topk(
     Source: inclusionAI/Ling-V2 @ af8837e `modeling_bailing_moe_v2.py`, BailingMoeV2Gate (which
     fixes 2 per group); megatron-core `transformer/moe/moe_utils.py`.
     """
-    _check_groups(scores_for_choice.shape[-1], topk, num_groups, group_topk)
+    _check_groups(scores_for_choice, topk, num_groups, group_topk)
     if num_groups is not None and group_topk is not None:
         group_scores = _group_scores(scores_for_choice, topk // group_topk, num_groups)
         kept = _chosen(group_scores, group_scores.topk(group_topk, dim=-1).indices)
@@ -80,7 +80,7 @@ def routing_margin(
     Experts are compared within the kept groups. Rounding far below this flips no expert; inf where
     nothing is rejected.
     """
-    _check_groups(scores_for_choice.shape[-1], topk, num_groups, group_topk)
+    _check_groups(scores_for_choice, topk, num_groups, group_topk)
     margin = scores_for_choice.new_tensor(torch.inf)
     if num_groups is not None and group_topk is not None:
         group_scores = _group_scores(scores_for_choice, topk // group_topk, num_groups)
@@ -137,7 +137,11 @@ def expert_bias_update(
     return bias + rate * direction
 
 
-def _check_groups(experts: int, topk: int, num_groups: int | None, group_topk: int | None) -> None:
+def _check_groups(
+    scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None
+) -> None:
+    compute_dtype(scores.dtype)
+    experts = scores.shape[-1]
     given = f"topk={topk} of {experts} experts, num_groups={num_groups}, group_topk={group_topk}"
     if not 1 <= topk <= experts:
         raise ValueError(f"{given}: topk is not within the experts; choose 1 to {experts}")

@@ -1,0 +1,207 @@
+"""Routing against a token-by-token reading of the specification, margins, z-loss, bias update."""
+
+import inspect
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ring_train.ops.router import (
+    expert_bias_update,
+    group_limited_topk,
+    routing_margin,
+    sigmoid_routing,
+    z_loss_sum,
+)
+
+TIGHT_FP64 = 1e-12  # values of order 1, a few roundings of 1e-16
+ROUNDING_FP32 = 1e-6  # values up to 2.5, a few roundings of 6e-8
+RATE = 1e-3
+
+SHAPES = [
+    {"experts": 12, "topk": 4, "num_groups": 3, "group_topk": 2},
+    {"experts": 8, "topk": 2, "num_groups": 2, "group_topk": 1},
+    {"experts": 16, "topk": 3, "num_groups": 4, "group_topk": 3},
+    {"experts": 8, "topk": 3, "num_groups": None, "group_topk": None},
+    {"experts": 8, "topk": 1, "num_groups": None, "group_topk": None},
+    {"experts": 6, "topk": 6, "num_groups": None, "group_topk": None},
+]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def choose_reference(
+    scores: list[float], topk: int, num_groups: int | None, group_topk: int | None
+) -> tuple[list[int], float]:
+    """Return the experts of one token, best first, and its margin."""
+    candidates, margin = list(range(len(scores))), float("inf")
+    if num_groups is not None and group_topk is not None:
+        size = len(scores) // num_groups
+        groups = [scores[i * size : (i + 1) * size] for i in range(num_groups)]
+        totals = [sum(sorted(group)[-(topk // group_topk) :]) for group in groups]
+        order = sorted(range(num_groups), key=lambda i: -totals[i])
+        if group_topk < num_groups:
+            margin = totals[order[group_topk - 1]] - totals[order[group_topk]]
+        candidates = [i for i in candidates if i // size in order[:group_topk]]
+    ranked = sorted(candidates, key=lambda i: -scores[i])
+    if topk < len(ranked):
+        margin = min(margin, scores[ranked[topk - 1]] - scores[ranked[topk]])
+    return ranked[:topk], margin
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_choice_and_margin_equal_the_reading_token_by_token(shape: dict[str, int | None]) -> None:
+    experts, options = shape["experts"], {k: v for k, v in shape.items() if k != "experts"}
+    scores = random(50, experts)
+    expected = [choose_reference(row, **options) for row in scores.tolist()]
+    found = group_limited_topk(scores, **options)
+    assert found.tolist() == [chosen for chosen, _ in expected]
+    margin = min(margin for _, margin in expected)
+    assert float(routing_margin(scores, **options)) == pytest.approx(margin, abs=TIGHT_FP64)
+
+
+def test_margin_sees_groups_and_the_experts_of_kept_groups_only() -> None:
+    options = {"topk": 2, "num_groups": 2, "group_topk": 1}
+    close_groups = torch.tensor([[0.9, 0.8, 0.1, 0.9, 0.7, 0.1]])
+    assert float(routing_margin(close_groups, **options)) == pytest.approx(0.1, abs=1e-6)
+    close_but_dropped = torch.tensor([[0.9, 0.8, 0.1, 0.8, 0.2, 0.1]])
+    assert float(routing_margin(close_but_dropped, **options)) == pytest.approx(0.7, abs=1e-6)
+    close_experts = torch.tensor([[0.9, 0.8, 0.75, 0.1, 0.2, 0.1]])
+    assert float(routing_margin(close_experts, **options)) == pytest.approx(0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_and_their_gradient_equal_the_formula(
+    shape: dict[str, int | None], dtype: torch.dtype
+) -> None:
+    experts, options = shape["experts"], {k: v for k, v in shape.items() if k != "experts"}
+    logits = random(30, experts).to(dtype).requires_grad_()
+    bias = (0.3 * random(experts, seed=1)).to(dtype)
+    weights, chosen = sigmoid_routing(logits, bias, **options, scaling_factor=2.5)
+    exact = logits.detach().double().requires_grad_()
+    scores = 1 / (1 + torch.exp(-exact))
+    expected = torch.zeros_like(scores)
+    for token, row in enumerate((scores + bias).tolist()):
+        indices = choose_reference(row, **options)[0]
+        assert sorted(indices) == chosen[token].nonzero().flatten().tolist()
+        total = scores[token, indices].sum() if len(indices) > 1 else 1.0
+        expected[token, indices] = 2.5 * scores[token, indices] / total
+    atol = TIGHT_FP64 if dtype == torch.float64 else ROUNDING_FP32
+    assert weights.dtype == dtype
+    torch.testing.assert_close(weights.double(), expected, rtol=0, atol=atol)
+    functional = random(30, experts, seed=2)
+    (grad,) = torch.autograd.grad(weights, logits, functional.to(dtype))
+    (wanted,) = torch.autograd.grad(expected, exact, functional.to(dtype).double())
+    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=atol)
+
+
+def test_bias_moves_the_choice_and_no_weight() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    options = {"topk": 2, "num_groups": None, "group_topk": None, "scaling_factor": 1.0}
+    plain, chosen = sigmoid_routing(logits, None, **options)
+    assert chosen.tolist() == [[True, True, False, False]]
+    zero, _ = sigmoid_routing(logits, torch.zeros(4), **options)
+    assert torch.equal(zero, plain)
+    weights, chosen = sigmoid_routing(logits, torch.tensor([0.0, 0.0, 0.0, 9.0]), **options)
+    assert chosen.tolist() == [[True, False, False, True]]
+    scores = torch.sigmoid(logits[0, [0, 3]])
+    torch.testing.assert_close(weights[0, [0, 3]], scores / scores.sum())
+
+
+def test_bf16_logits_are_routed_in_fp32() -> None:
+    options = {"topk": 2, "num_groups": None, "group_topk": None, "scaling_factor": 2.5}
+    logits = random(20, 8).bfloat16()
+    weights, chosen = sigmoid_routing(logits, None, **options)
+    wide, same = sigmoid_routing(logits.float(), None, **options)
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, wide)
+    assert torch.equal(chosen, same)
+
+
+def test_z_loss_sums_the_tokens_of_the_mask() -> None:
+    logits = random(9, 5).requires_grad_()
+    mask = torch.tensor([True, False] * 4 + [True])
+    total = z_loss_sum(logits, mask)
+    expected = logits[mask].exp().sum(-1).log().pow(2).sum()
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-10)
+    (grad,) = torch.autograd.grad(total, logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(z_loss_sum(logits), z_loss_sum(logits, torch.ones(9).bool()))
+    assert z_loss_sum(logits.bfloat16()).dtype == torch.float32
+
+
+@given(
+    counts=st.lists(st.integers(0, 2**40), min_size=2, max_size=9),
+    zero_mean=st.booleans(),
+)
+def test_bias_moves_by_the_sign_of_mean_minus_count(counts: list[int], zero_mean: bool) -> None:
+    mean = Fraction(sum(counts), len(counts))
+    signs = [(mean > count) - (mean < count) for count in counts]
+    shift = sum(signs) / len(signs) if zero_mean else 0.0
+    expected = torch.tensor([RATE * (sign - shift) for sign in signs])
+    bias = torch.linspace(-1, 1, len(counts))
+    found = expert_bias_update(bias, torch.tensor(counts), rate=RATE, zero_mean=zero_mean)
+    torch.testing.assert_close(found - bias, expected, rtol=0, atol=2e-7)
+    if zero_mean:
+        assert abs(float((found - bias).mean())) < 1e-7
+
+
+def test_balance_is_judged_in_integers_and_layer_by_layer() -> None:
+    large = 2**53
+    counts = torch.tensor([[large, large + 1, large + 1, large + 2], [4, 4, 4, 4]])
+    counts = torch.stack([counts[0], counts[1], torch.tensor([0, 0, 0, 8])])
+    found = expert_bias_update(torch.zeros(3, 4), counts, rate=RATE, zero_mean=False)
+    signs = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0] * 4, [1.0, 1.0, 1.0, -1.0]])
+    assert torch.equal(found, RATE * signs)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"topk": 0}, "topk is not within"),
+        ({"topk": 13}, "topk is not within"),
+        ({"num_groups": None}, "both numbers"),
+        ({"group_topk": None}, "both numbers"),
+        ({"num_groups": 5}, "divides the experts"),
+        ({"group_topk": 4}, "group_topk from 1"),
+        ({"topk": 1}, "experts of a group"),
+        ({"topk": 9}, "must fit in the kept groups"),
+        ({"topk": 5, "group_topk": 1}, "experts of a group"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(change: dict[str, int | None], match: str) -> None:
+    options = {"topk": 4, "num_groups": 3, "group_topk": 2} | change
+    for function in (group_limited_topk, routing_margin):
+        with pytest.raises(ValueError, match=match):
+            function(random(2, 12), **options)
+
+
+def test_wrong_inputs_are_refused() -> None:
+    options = {"topk": 2, "num_groups": None, "group_topk": None}
+    with pytest.raises(ValueError, match="one bias per expert"):
+        inspect.unwrap(sigmoid_routing)(random(3, 8), random(7), **options, scaling_factor=1.0)
+    with pytest.raises(ValueError, match="one flag per token"):
+        inspect.unwrap(z_loss_sum)(random(3, 8), torch.ones(2).bool())
+    update = inspect.unwrap(expert_bias_update)
+    for counts in (torch.zeros(7, dtype=torch.int64), torch.zeros(8)):
+        with pytest.raises(ValueError, match="one integer per expert"):
+            update(torch.zeros(8), counts, rate=RATE, zero_mean=True)
+    with pytest.raises(ValueError, match="is not supported"):
+        inspect.unwrap(group_limited_topk)(torch.zeros(3, 8, dtype=torch.int64), **options)
+
+
+def test_experts_come_best_first() -> None:
+    scores = random(20, 12)
+    indices = group_limited_topk(scores, topk=4, num_groups=3, group_topk=2)
+    for row, chosen in zip(scores, indices, strict=True):
+        assert all(a >= b for a, b in pairwise(row[chosen].tolist()))
