@@ -6,7 +6,7 @@ This runs the Python files of the folder: call it on folders you trust.
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from ring_train.config import GenerateConfig
@@ -28,7 +28,7 @@ def continue_prompt(config: GenerateConfig) -> str:
     _check(folder, config)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     has_cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype="auto" if has_cuda else torch.float32
@@ -48,7 +48,8 @@ def continue_prompt(config: GenerateConfig) -> str:
         max_new_tokens=config.max_new_tokens,
         **sampling,
     )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    (text,) = tokenizer.batch_decode(out, skip_special_tokens=True)
+    return text
 
 
 def _check(folder: Path, config: GenerateConfig) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ring_train.config import ModelConfig, Precision
+from ring_train.config import Architecture, ModelConfig, Precision
 from ring_train.hf.config import generation_config_dict, hf_config_dict, read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, MODELING_DIR
@@ -44,6 +44,9 @@ NOT_IN_FOLDER = frozenset(
     }
 )
 """Fields of ModelConfig that a folder has no key for: derived, or of the training recipe."""
+
+LINEAR_FIELDS = frozenset({"group_norm_size", "decay_layer_rule", "linear_silu"})
+"""Fields that a folder of a softmax family has no key for, because nothing depends on them."""
 
 
 def write_hf_folder(
@@ -194,15 +197,29 @@ def _verify(folder: Path, model: ModelConfig) -> None:
     Equal fields mean equal decay slopes, which depend on nothing else.
     """
     written = read_model_config(folder)
-    for field in dataclasses.fields(ModelConfig):
-        ours, theirs = getattr(model, field.name), getattr(written, field.name)
-        if field.name not in NOT_IN_FOLDER and ours != theirs:
+    theirs = expressible_fields(written)
+    for name, ours in expressible_fields(model).items():
+        if theirs[name] != ours:
             raise HfError(
-                f"model.{field.name}={ours!r} reads back as {theirs!r} from the exported "
+                f"model.{name}={ours!r} reads back as {theirs[name]!r} from the exported "
                 "config.json; the format of the family cannot express it"
             )
     with open_hf_folder(folder, written):
         pass
+
+
+def expressible_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields that the folder of a model must say; one router group counts as none."""
+    is_linear = model.architecture == Architecture.bailing_moe_linear_v2
+    unsaid = NOT_IN_FOLDER | (frozenset() if is_linear else LINEAR_FIELDS)
+    fields = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in unsaid
+    }
+    if model.moe_router_num_groups == 1:
+        fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    return fields
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Config of the hybrid Ring-linear 2.0 family for transformers; this file travels inside an exported folder."""
+"""Config of the hybrid Ring-linear 2.0 family for transformers; it travels inside an export."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .configuration_bailing_moe_v2 import BailingMoeV2Config
 
@@ -14,13 +14,16 @@ class BailingMoeLinearV2Config(BailingMoeV2Config):
 
     model_type = "bailing_moe_linear"
 
-    required_keys = (
+    required_keys: ClassVar[tuple[str, ...]] = (
         *BailingMoeV2Config.required_keys,
         "layer_group_size",
         "group_norm_size",
         "linear_silu",
     )
-    only_values = {**BailingMoeV2Config.only_values, "linear_rope": True}
+    only_values: ClassVar[dict[str, Any]] = {
+        **BailingMoeV2Config.only_values,
+        "linear_rope": True,
+    }
 
     def __init__(self, **kwargs: Any) -> None:
         """Take every key of `config.json`."""

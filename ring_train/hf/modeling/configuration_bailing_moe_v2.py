@@ -1,22 +1,22 @@
-"""Config of the softmax Ling 2.0 family for transformers; this file travels inside an exported folder.
+"""Config of the softmax Ling 2.0 family for transformers; it travels inside an export.
 
 Unusual: keys have no defaults, because a guessed routing scale or rope base gives a model that
-loads and is wrong; and variants of the family that the modeling file does not implement are refused.
+loads and is wrong; and what the modeling file does not implement is refused.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 
 class BailingMoeV2Config(PretrainedConfig):
-    """What `config.json` of a BailingMoeV2ForCausalLM folder says; key names are those of the release."""
+    """What `config.json` of a BailingMoeV2ForCausalLM folder says, under the released names."""
 
     model_type = "bailing_moe"
     has_no_defaults_at_init = True
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    required_keys = (
+    required_keys: ClassVar[tuple[str, ...]] = (
         "vocab_size",
         "hidden_size",
         "intermediate_size",
@@ -37,7 +37,7 @@ class BailingMoeV2Config(PretrainedConfig):
         "moe_intermediate_size",
         "moe_shared_expert_intermediate_size",
     )
-    only_values = {
+    only_values: ClassVar[dict[str, Any]] = {
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "use_bias": False,
@@ -63,7 +63,8 @@ class BailingMoeV2Config(PretrainedConfig):
         for key, only in self.only_values.items():
             if kwargs.get(key, only) != only:
                 raise ValueError(
-                    f"config.json: {key}={kwargs[key]!r}; this modeling file implements {key}={only!r} only"
+                    f"config.json: {key}={kwargs[key]!r}; this modeling file implements "
+                    f"{key}={only!r} only"
                 )
         kwargs.pop("rope_scaling", None)
         kwargs["tie_word_embeddings"] = False

@@ -432,7 +432,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def mtp_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
-        """Return for each depth k = 1.. the fp32 logits [b, s, v]; position t predicts token t + k + 1.
+        """Return fp32 logits [b, s, v] for each depth k = 1..; position t predicts token t + k + 1.
 
         A position whose next token lies behind the end of the row sees token 0 instead; its
         logits mean nothing.
@@ -460,8 +460,8 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         num_past = 0 if past_key_values is None else past_key_values.num_tokens
         if input_ids.shape[1] <= num_past:
             raise ValueError(
-                f"generate was given {input_ids.shape[1]} tokens, and a cache that holds {num_past};"
-                " pass the whole sequence, cached tokens included"
+                f"generate was given {input_ids.shape[1]} tokens and a cache of {num_past}; "
+                "pass the whole sequence, cached tokens included"
             )
         input_ids = input_ids[:, num_past:]
         if position_ids is not None:

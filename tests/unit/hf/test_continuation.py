@@ -1,0 +1,105 @@
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ring_train.config import GenerateConfig
+from ring_train.hf.continuation import continue_prompt
+from ring_train.hf.errors import HfError
+from ring_train.jobs import generate
+from tests.unit.hf.conftest import GOLDEN
+
+
+def continued(folder: Path, **fields: Any) -> str:
+    config = GenerateConfig(hf_dir=str(folder), prompt="ab", max_new_tokens=8)
+    return continue_prompt(dataclasses.replace(config, **fields))
+
+
+def test_the_command_prints_the_prompt_and_what_follows(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"hf_dir={exported['ring_linear_v2']}", "prompt='once upon'", "max_new_tokens=5"]
+    monkeypatch.setattr(sys, "argv", ["generate", *words])
+    generate.main()
+    out = capsys.readouterr().out
+    assert out.startswith("once upon")
+    assert len(out) > len("once upon\n")
+
+
+def test_the_seed_decides_and_zero_temperature_does_not_care(exported: dict[str, Path]) -> None:
+    folder = exported["ling_v2"]
+    texts = [continued(folder, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    greedy = [continued(folder, seed=seed, temperature=0.0) for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_nearly_no_probability_mass_is_greedy(exported: dict[str, Path]) -> None:
+    folder = exported["ling_v2"]
+    assert continued(folder, top_p=1e-6) == continued(folder, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"prompt": ""}, "has no token"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+    ],
+)
+def test_bad_requests_are_refused(
+    exported: dict[str, Path], fields: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(HfError, match=match):
+        continued(exported["ling_v2"], **fields)
+
+
+def test_a_folder_without_modeling_files_is_refused() -> None:
+    with pytest.raises(HfError, match="has no auto_map"):
+        continued(GOLDEN / "ling_v2")
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HfError, match="does not exist"):
+        continued(tmp_path)
+
+
+def test_the_chat_template_lays_out_turns_as_the_family_does(exported: dict[str, Path]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(exported["ling_v2"])
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "\n<think>\nfoo\n</think>\n\nb"},
+        {"role": "user", "content": "c"},
+    ]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<role>SYSTEM</role>Be brief.\ndetailed thinking off<|role_end|>"
+        "<role>HUMAN</role>a<|role_end|><role>ASSISTANT</role>b<|role_end|>"
+        "<role>HUMAN</role>c<|role_end|><role>ASSISTANT</role>"
+    )
+    on = tokenizer.apply_chat_template(turns[1:2], tokenize=False, enable_thinking=True)
+    assert on == (
+        "<role>SYSTEM</role>detailed thinking on<|role_end|><role>HUMAN</role>a<|role_end|>"
+    )
+
+
+def test_a_tokenizers_own_chat_template_is_kept(exported: dict[str, Path], tmp_path: Path) -> None:
+    from ring_train.hf import writer
+    from ring_train.hf.config import read_model_config
+
+    own = tmp_path / "tokenizer"
+    shutil.copytree(GOLDEN / "ling_v2", own)
+    path = own / "tokenizer_config.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "mine"}))
+    (tmp_path / "out").mkdir()
+    writer._copy_files(tmp_path / "out", own, read_model_config(exported["ling_v2"]))
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()

@@ -1,0 +1,184 @@
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ring_train.config import ModelConfig, Precision, compose
+from ring_train.hf import writer
+from ring_train.hf.errors import HfError
+from ring_train.hf.reader import open_hf_folder
+from ring_train.hf.table import make_table
+from ring_train.hf.writer import write_hf_folder
+from tests.unit.hf.conftest import GOLDEN, RULES
+
+Tensors = Iterable[tuple[str, Tensor]]
+TOKENIZER = GOLDEN / "ling_v2"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def make_tensors(model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    for name, entry in make_table(model).items():
+        yield name, torch.randn(entry.shape, generator=generator)
+
+
+def write(output: Path, model: ModelConfig, tensors: Tensors | None = None, **changes: Any) -> None:
+    arguments: dict[str, Any] = {"precision": Precision.bf16, "tokenizer_dir": TOKENIZER, **changes}
+    write_hf_folder(output, model, tensors or make_tensors(model), **arguments)
+
+
+def assert_refused(output: Path, model: ModelConfig, match: str, **arguments: Any) -> None:
+    """Nothing is left behind by a refusal, and nothing else is touched."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(HfError, match=match):
+        write(output, model, **arguments)
+    assert sorted(output.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_folder_written_again_holds_the_same_bytes(exported: dict[str, Path], name: str) -> None:
+    wanted, got = weights(GOLDEN / name), weights(exported[name])
+    assert got.keys() == wanted.keys()
+    for tensor_name, tensor in wanted.items():
+        assert got[tensor_name].dtype == tensor.dtype, tensor_name
+        assert got[tensor_name].numpy().tobytes() == tensor.numpy().tobytes(), tensor_name
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_old_keys_of_a_config_keep_their_values(exported: dict[str, Path], name: str) -> None:
+    old = json.loads((GOLDEN / name / "config.json").read_text())
+    new = json.loads((exported[name] / "config.json").read_text())
+    for key in ("max_window_layers", "transformers_version"):
+        old.pop(key)
+    assert {key: new[key] for key in old} == old
+
+
+def test_an_export_has_all_its_files(exported: dict[str, Path]) -> None:
+    common = {
+        *("config.json", "generation_config.json", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("chat_template.jinja", "configuration_bailing_moe_v2.py", "modeling_bailing_moe_v2.py"),
+    }
+    linear = {"configuration_bailing_moe_linear_v2.py", "modeling_bailing_moe_linear_v2.py"}
+    for name, expected in (("ling_v2", common), ("ring_linear_v2", common | linear)):
+        names = {path.name for path in exported[name].iterdir()}
+        shards = {found for found in names if found.endswith(".safetensors")}
+        assert names - shards == expected
+        assert shards == {f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, 5)}
+
+
+def test_shards_stay_below_their_limit_and_the_index_sums_them(exported: dict[str, Path]) -> None:
+    folder = exported["ring_linear_v2"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= 1_000_000
+        assert all(index["weight_map"][name] == path.name for name in tensors)
+        total += size
+    assert index["metadata"]["total_size"] == total
+
+
+def test_bf16_rounds_all_but_expert_biases(tiny: ModelConfig, tmp_path: Path) -> None:
+    write(tmp_path / "out", tiny)
+    with open_hf_folder(tmp_path / "out", tiny) as reader:
+        for name, tensor in make_tensors(tiny):
+            wanted = tensor if name.endswith("expert_bias") else tensor.bfloat16()
+            got = reader.read_logical(name)
+            assert got.dtype == wanted.dtype
+            assert torch.equal(got, wanted), name
+
+
+def test_an_empty_output_folder_is_used(tiny: ModelConfig, tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    output.mkdir(parents=True)
+    write(output, tiny)
+    assert (output / "config.json").exists()
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_a_full_output_folder_is_left_alone(tiny: ModelConfig, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    assert_refused(output, tiny, "is not empty")
+    assert (output / "mine.txt").read_text() == "precious"
+
+
+def test_a_file_in_the_place_of_the_output_is_left_alone(tiny: ModelConfig, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    assert_refused(tmp_path / "out", tiny, "is not a folder")
+
+
+def test_a_tensor_that_never_comes_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
+    tensors = list(make_tensors(tiny))
+    lost = tensors.pop(3)[0]
+    assert_refused(tmp_path / "out", tiny, f"1 tensors never came, first {lost}", tensors=tensors)
+
+
+def test_a_tensor_that_comes_twice_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
+    tensors = list(make_tensors(tiny))
+    assert_refused(
+        tmp_path / "out",
+        tiny,
+        f"{tensors[0][0]} comes twice",
+        tensors=[*tensors, tensors[0]],
+    )
+
+
+def test_a_foreign_tensor_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
+    tensors = [("decoder.layers.99.bias", torch.zeros(1)), *make_tensors(tiny)]
+    assert_refused(tmp_path / "out", tiny, "layers.99.bias is not in the table", tensors=tensors)
+
+
+def test_a_misshapen_tensor_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
+    tensors = [(name, tensor[:-1]) for name, tensor in make_tensors(tiny)]
+    match = r"word_embeddings\.weight has shape \[511, 64\], the config says \[512, 64\]"
+    assert_refused(tmp_path / "out", tiny, match, tensors=tensors)
+
+
+def test_a_failure_while_tensors_come_leaves_nothing(tiny: ModelConfig, tmp_path: Path) -> None:
+    def breaking() -> Iterator[tuple[str, Tensor]]:
+        for number, item in enumerate(make_tensors(tiny)):
+            if number == 40:
+                raise RuntimeError("a disk died")
+            yield item
+
+    with pytest.raises(RuntimeError, match="a disk died"):
+        write(tmp_path / "out", tiny, breaking(), max_shard_bytes=10_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_reads_back_otherwise_is_not_delivered(
+    tiny: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_config = writer.hf_config_dict
+
+    def lying(model: ModelConfig, *, precision: Precision) -> dict[str, object]:
+        return {**true_config(model, precision=precision), "decay_layer_rule": "shifted"}
+
+    monkeypatch.setattr(writer, "hf_config_dict", lying)
+    assert_refused(tmp_path / "out", tiny, "model.decay_layer_rule=.*zero_based.*reads back")
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    model = compose("pretrain", ["model=tiny", "model.vocab_size=256"]).model
+    assert_refused(tmp_path / "out", model, "has token id 511, but model.vocab_size=256")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny: ModelConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    match = "lacks tokenizer.json, tokenizer_config.json"
+    assert_refused(tmp_path / "out", tiny, match, tokenizer_dir=tmp_path / "empty")
