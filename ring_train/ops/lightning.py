@@ -175,8 +175,8 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, states = ctx.saved_tensors
         row: _Row = ctx.row
         num_tokens, dtype = q.shape[0], grad.dtype

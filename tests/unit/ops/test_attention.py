@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def make_inputs(
 
 
 def run(
-    attention: Callable[..., Tensor], inputs: dict[str, Tensor], **options: object
+    attention: Callable[..., Tensor], inputs: dict[str, Tensor], **options: Any
 ) -> dict[str, Tensor]:
     """Return the output and the gradients of a fixed functional of it."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
@@ -58,7 +59,7 @@ def test_attention_equals_reference_in_fp64(
     lengths: tuple[int, ...], heads: tuple[int, int], scale: float | None, host_lengths: bool
 ) -> None:
     inputs = make_inputs(lengths, heads, torch.float64)
-    options = {"cu_seqlens": cu_seqlens_of(lengths), "scale": scale}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens_of(lengths), "scale": scale}
     expected = run(document_attention_reference, inputs, **options)
     options["lengths"] = lengths if host_lengths else None
     for name, x in run(document_attention, inputs, **options).items():
@@ -106,8 +107,9 @@ def test_a_document_is_bit_equal_whatever_its_neighbours_hold(
 
 def test_one_token_documents_return_their_values() -> None:
     inputs = make_inputs((1,) * 5, (4, 2), torch.float64)
-    output = document_attention(**inputs, cu_seqlens=cu_seqlens_of((1,) * 5))
-    assert torch.equal(output, inputs["v"].repeat_interleave(2, dim=1))
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    output = document_attention(q, k, v, cu_seqlens=cu_seqlens_of((1,) * 5))
+    assert torch.equal(output, v.repeat_interleave(2, dim=1))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_one_token_documents_return_their_values() -> None:
         ({"lengths": (3, 2)}, "differ from those"),
     ],
 )
-def test_wrong_inputs_are_refused(change: dict[str, object], match: str) -> None:
+def test_wrong_inputs_are_refused(change: dict[str, Any], match: str) -> None:
     inputs = make_inputs((2, 3), (4, 2), torch.float32)
     options = {"cu_seqlens": torch.tensor([0, 2, 5])}
     with pytest.raises(ValueError, match=match):

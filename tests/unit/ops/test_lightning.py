@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def make_inputs(
 
 
 def run(
-    attention: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], **options: object
+    attention: Callable[..., Any], inputs: dict[str, Tensor], **options: Any
 ) -> dict[str, Tensor]:
     """Return output, final state, and the gradients of a fixed functional exact in bf16."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
@@ -203,6 +204,7 @@ def test_steep_slopes_and_long_rows_stay_finite() -> None:
     )
     assert bool(output.isfinite().all())
     torch.testing.assert_close(output[:, 0], torch.full((5000, KEY_DIM), float(KEY_DIM)))
+    assert state is not None
     horizon = (1 - torch.exp(torch.tensor(-5.0))) / (1 - torch.exp(torch.tensor(-1e-3)))
     torch.testing.assert_close(state[0, 1], horizon.expand(KEY_DIM, KEY_DIM), rtol=1e-4, atol=0)
 
@@ -246,10 +248,11 @@ def test_scale_multiplies_the_output_and_defaults_to_the_head_dim() -> None:
     inputs = make_inputs((20,))
     slopes = decay_slopes(HEADS, 1, 4, "zero_based")
     del inputs["initial_state"]
-    options = {"slopes": slopes, "cu_seqlens": cu_seqlens_of((20,))}
-    plain, no_state = lightning_attention(**inputs, **options)
+    options: dict[str, Any] = {"slopes": slopes, "cu_seqlens": cu_seqlens_of((20,))}
+    options |= inputs
+    plain, no_state = lightning_attention(**options)
     assert no_state is None
-    unit, _ = lightning_attention(**inputs, **options, scale=1.0)
+    unit, _ = lightning_attention(**options, scale=1.0)
     torch.testing.assert_close(plain, unit * KEY_DIM**-0.5, rtol=0, atol=TIGHT_FP64)
 
 
@@ -268,7 +271,7 @@ def test_scale_multiplies_the_output_and_defaults_to_the_head_dim() -> None:
         ({"chunk_size": 0}, "not positive"),
     ],
 )
-def test_wrong_inputs_are_refused(change: dict[str, object], match: str) -> None:
+def test_wrong_inputs_are_refused(change: dict[str, Any], match: str) -> None:
     inputs = make_inputs((7, 3), torch.float32) | {"slopes": torch.ones(HEADS)}
     options = {"cu_seqlens": torch.tensor([0, 7, 10])}
     with pytest.raises(ValueError, match=match):

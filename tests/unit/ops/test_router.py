@@ -3,6 +3,7 @@
 import inspect
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ TIGHT_FP64 = 1e-12  # values of order 1, a few roundings of 1e-16
 ROUNDING_FP32 = 1e-6  # values up to 2.5, a few roundings of 6e-8
 RATE = 1e-3
 
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {"experts": 12, "topk": 4, "num_groups": 3, "group_topk": 2},
     {"experts": 8, "topk": 2, "num_groups": 2, "group_topk": 1},
     {"experts": 16, "topk": 3, "num_groups": 4, "group_topk": 3},
@@ -57,7 +58,7 @@ def choose_reference(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_choice_and_margin_equal_the_reading_token_by_token(shape: dict[str, int | None]) -> None:
+def test_choice_and_margin_equal_the_reading_token_by_token(shape: dict[str, Any]) -> None:
     experts, options = shape["experts"], {k: v for k, v in shape.items() if k != "experts"}
     scores = random(50, experts)
     expected = [choose_reference(row, **options) for row in scores.tolist()]
@@ -68,7 +69,7 @@ def test_choice_and_margin_equal_the_reading_token_by_token(shape: dict[str, int
 
 
 def test_margin_sees_groups_and_the_experts_of_kept_groups_only() -> None:
-    options = {"topk": 2, "num_groups": 2, "group_topk": 1}
+    options: dict[str, Any] = {"topk": 2, "num_groups": 2, "group_topk": 1}
     close_groups = torch.tensor([[0.9, 0.8, 0.1, 0.9, 0.7, 0.1]])
     assert float(routing_margin(close_groups, **options)) == pytest.approx(0.1, abs=1e-6)
     close_but_dropped = torch.tensor([[0.9, 0.8, 0.1, 0.8, 0.2, 0.1]])
@@ -80,7 +81,7 @@ def test_margin_sees_groups_and_the_experts_of_kept_groups_only() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_weights_and_their_gradient_equal_the_formula(
-    shape: dict[str, int | None], dtype: torch.dtype
+    shape: dict[str, Any], dtype: torch.dtype
 ) -> None:
     experts, options = shape["experts"], {k: v for k, v in shape.items() if k != "experts"}
     logits = random(30, experts).to(dtype).requires_grad_()
@@ -105,7 +106,12 @@ def test_weights_and_their_gradient_equal_the_formula(
 
 def test_bias_moves_the_choice_and_no_weight() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    options = {"topk": 2, "num_groups": None, "group_topk": None, "scaling_factor": 1.0}
+    options: dict[str, Any] = {
+        "topk": 2,
+        "num_groups": None,
+        "group_topk": None,
+        "scaling_factor": 1.0,
+    }
     plain, chosen = sigmoid_routing(logits, None, **options)
     assert chosen.tolist() == [[True, True, False, False]]
     zero, _ = sigmoid_routing(logits, torch.zeros(4), **options)
@@ -117,7 +123,12 @@ def test_bias_moves_the_choice_and_no_weight() -> None:
 
 
 def test_bf16_logits_are_routed_in_fp32() -> None:
-    options = {"topk": 2, "num_groups": None, "group_topk": None, "scaling_factor": 2.5}
+    options: dict[str, Any] = {
+        "topk": 2,
+        "num_groups": None,
+        "group_topk": None,
+        "scaling_factor": 2.5,
+    }
     logits = random(20, 8).bfloat16()
     weights, chosen = sigmoid_routing(logits, None, **options)
     wide, same = sigmoid_routing(logits.float(), None, **options)
@@ -179,15 +190,15 @@ def test_balance_is_judged_in_integers_and_layer_by_layer() -> None:
         ({"topk": 5, "group_topk": 1}, "experts of a group"),
     ],
 )
-def test_groups_that_do_not_fit_are_refused(change: dict[str, int | None], match: str) -> None:
-    options = {"topk": 4, "num_groups": 3, "group_topk": 2} | change
+def test_groups_that_do_not_fit_are_refused(change: dict[str, Any], match: str) -> None:
+    options: dict[str, Any] = {"topk": 4, "num_groups": 3, "group_topk": 2} | change
     for function in (group_limited_topk, routing_margin):
         with pytest.raises(ValueError, match=match):
             function(random(2, 12), **options)
 
 
 def test_wrong_inputs_are_refused() -> None:
-    options = {"topk": 2, "num_groups": None, "group_topk": None}
+    options: dict[str, Any] = {"topk": 2, "num_groups": None, "group_topk": None}
     with pytest.raises(ValueError, match="one bias per expert"):
         inspect.unwrap(sigmoid_routing)(random(3, 8), random(7), **options, scaling_factor=1.0)
     with pytest.raises(ValueError, match="one flag per token"):
