@@ -17,17 +17,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_pipeline.config import run_command
+from data_pipeline.config import PipelineError, run_command
 from data_pipeline.deduplicate import Deduplicator
 from data_pipeline.documents import Document, file_sha256, write_documents, write_json
 from data_pipeline.math_problems import generate_problems, is_held_out
-from data_pipeline.python_sources import PackageText, find_packages, read_package
+from data_pipeline.python_sources import PackageText, find_packages, limited, read_package
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("valid", "train")
 """Held-out text first: what it contains is dropped from the training split, not the reverse."""
-MIN_DOCUMENT_CHARACTERS = 400
+MAX_HELD_OUT_FRACTION = 0.1
+"""No package gives more of a held-out domain, so that the loss is not that of one style."""
+MIN_DOCUMENT_CHARACTERS = 250
 MAX_PROSE_CHARACTERS = 16_000
 """Docstrings of one module are joined up to this length."""
 PROBLEMS_PER_DOCUMENT = 8
@@ -75,13 +77,14 @@ def write_demo_corpus(arguments: DemoCorpus, folders: Iterable[Path]) -> None:
     for package in packages:
         dropped.update({f"file/{reason}": n for reason, n in package.dropped.items()})
     held_out = _held_out_packages(packages, arguments.valid_bytes)
+    names = {package.name for package in held_out}
+    texts = {"valid": held_out, "train": [p for p in packages if p.name not in names]}
     files = {}
     for domain, documents_of in (("code", _code_documents), ("prose", _prose_documents)):
         deduplicator = Deduplicator()
         seen: set[str] = set()
         for split in SPLITS:
-            chosen = [p for p in packages if (p.name in held_out) == (split == "valid")]
-            candidates = documents_of(chosen, seen)
+            candidates = documents_of(texts[split], seen)
             kept = _deduplicated(candidates, deduplicator, dropped)
             files[f"{domain}.{split}"] = _write(output, domain, split, kept)
     for split, documents in _math_documents(arguments).items():
@@ -92,7 +95,7 @@ def write_demo_corpus(arguments: DemoCorpus, folders: Iterable[Path]) -> None:
             "arguments": {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"},
             "dropped": dropped,
             "files": files,
-            "held_out_packages": sorted(held_out),
+            "held_out_packages": sorted(names),
             "python": platform.python_version(),
         },
     )
@@ -105,20 +108,27 @@ def _read_packages(arguments: DemoCorpus, folders: Iterable[Path]) -> list[Packa
     workers = arguments.workers or os.cpu_count() or 1
     if workers == 1:
         return [read_package(*job) for job in jobs]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
         return pool.starmap(read_package, jobs, chunksize=1)
 
 
-def _held_out_packages(packages: list[PackageText], valid_bytes: int) -> set[str]:
-    """Return the first packages, in the order of their names' hashes, that have enough text."""
-    held_out = set()
-    code_bytes = prose_bytes = 0
+def _held_out_packages(packages: list[PackageText], valid_bytes: int) -> list[PackageText]:
+    """Return packages, in the order of their names' hashes, until they have enough text."""
+    held_out: list[PackageText] = []
+    sizes = {"code": 0, "prose": 0}
+    max_bytes = int(MAX_HELD_OUT_FRACTION * valid_bytes)
     for package in sorted(packages, key=lambda p: hashlib.sha256(p.name.encode()).digest()):
-        if code_bytes >= valid_bytes and prose_bytes >= valid_bytes:
+        if min(sizes.values()) >= valid_bytes:
             break
-        held_out.add(package.name)
-        code_bytes += sum(len(code) for _, code in package.code)
-        prose_bytes += sum(len(text) for _, sections in package.prose for text in sections)
+        part = limited(package, max_bytes)
+        held_out.append(part)
+        sizes["code"] += part.code_bytes()
+        sizes["prose"] += part.prose_bytes()
+    if min(sizes.values()) < valid_bytes or len(held_out) == len(packages):
+        raise PipelineError(
+            f"valid_bytes={valid_bytes}: all {len(packages)} packages together hold out {sizes} "
+            "and leave nothing to train on; lower valid_bytes"
+        )
     return held_out
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 
 LONG_STRING_LINES = 4
 """A string literal of this many lines or more counts as text when a module is judged (below)."""
+CHARACTERS_PER_STATEMENT = 150
+"""Modules of code have fewer, without docstrings."""
 
 _BLOCK_FIELDS = ("body", "orelse", "finalbody", "handlers", "cases")
-_TRIPLE_QUOTED = re.compile(r'"""(?s:.*?)"""|\'\'\'(?s:.*?)\'\'\'')
 _LEADING_COMMENTS = re.compile(r"\A(?:[ \t]*(?:#[^\n]*)?\n)+")
 
 
@@ -28,8 +29,8 @@ class SplitSource:
 def split_source(source: str) -> SplitSource:
     """Return the code and the prose of a module.
 
-    Docstrings and other bare strings are cut from the code. A module that is mostly long strings
-    (`pydoc_data.topics`, `torch._torch_docs`) is documentation: it gives prose only.
+    Docstrings and other bare strings are cut from the code. A module whose rest is mostly long
+    strings (`pydoc_data.topics`, `torch._torch_docs`) is documentation: it gives prose only.
 
     Raises:
         SyntaxError: the source is not Python of this interpreter.
@@ -37,27 +38,37 @@ def split_source(source: str) -> SplitSource:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
-    if sum(map(len, _TRIPLE_QUOTED.findall(source))) > len(source) / 2:
-        long_strings = [node for node in ast.walk(tree) if _is_long_string(node)]
-        if sum(len(node.value) for node in long_strings) > len(source) / 2:
-            return SplitSource("", _prose(node.value for node in _in_order(long_strings)))
     blocks = list(_blocks(tree))
-    statements = _in_order(node for block in blocks for node in block if _is_bare_string(node))
-    sole = {block[0] for block in blocks if all(map(_is_bare_string, block))}
+    statements = [node for block in blocks for node in block if _bare_string(node) is not None]
+    statements.sort(key=lambda node: (node.lineno, node.col_offset))
+    docstrings = [_bare_string(node) or "" for node in statements]
+    size = len(source) - sum(map(len, docstrings))
+    if size > CHARACTERS_PER_STATEMENT * sum(map(len, blocks)):  # spares most modules a slow walk
+        long_strings = _long_strings(tree)
+        if sum(map(len, long_strings)) - sum(map(len, docstrings)) > size / 2:
+            return SplitSource("", _prose(long_strings))
+    sole = {block[0] for block in blocks if all(_bare_string(n) is not None for n in block)}
     code = _LEADING_COMMENTS.sub("", _without_statements(source, statements, sole=sole))
-    return SplitSource(code, _prose(statement.value.value for statement in statements))
+    return SplitSource(code, _prose(docstrings))
 
 
-def _is_long_string(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        return False
-    return node.value.count("\n") >= LONG_STRING_LINES - 1
+def _long_strings(tree: ast.Module) -> list[str]:
+    """Return all string literals of LONG_STRING_LINES or more, in source order."""
+    found = [
+        (node.lineno, node.col_offset, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.count("\n") >= LONG_STRING_LINES - 1
+    ]
+    return [text for _, _, text in sorted(found)]
 
 
-def _is_bare_string(node: ast.AST) -> bool:
+def _bare_string(node: ast.stmt) -> str | None:
+    """Return the text of a statement that is only a string, as docstrings are, else None."""
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
-        return False
-    return isinstance(node.value.value, str)
+        return None
+    return node.value.value if isinstance(node.value.value, str) else None
 
 
 def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -71,14 +82,11 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield from _blocks(child)
 
 
-def _in_order(nodes: Iterable[ast.AST]) -> list[ast.AST]:
-    return sorted(nodes, key=lambda node: (node.lineno, node.col_offset))
-
-
-def _without_statements(source: str, statements: list[ast.AST], *, sole: set[ast.AST]) -> str:
+def _without_statements(source: str, statements: list[ast.stmt], *, sole: set[ast.stmt]) -> str:
     """Return the source with statements cut out; those in `sole` leave an ellipsis."""
     lines = source.encode().splitlines(keepends=True)  # ast counts columns in UTF-8 bytes
     for statement in reversed(statements):
+        assert statement.end_lineno is not None
         first, last = statement.lineno - 1, statement.end_lineno - 1
         before = lines[first][: statement.col_offset]
         after = lines[last][statement.end_col_offset :]

@@ -61,6 +61,29 @@ class PackageText:
     dropped: dict[str, int]
     """Files by reason."""
 
+    def code_bytes(self) -> int:
+        """Return the characters of code."""
+        return sum(len(code) for _, code in self.code)
+
+    def prose_bytes(self) -> int:
+        """Return the characters of prose."""
+        return sum(len(text) for _, sections in self.prose for text in sections)
+
+
+def limited(package: PackageText, max_bytes: int) -> PackageText:
+    """Return the first files of a package up to the limit on code, and on prose; at least one."""
+    code, prose = [], []
+    sizes = [0, 0]
+    for name, text in package.code:
+        if sizes[0] < max_bytes:
+            code.append((name, text))
+        sizes[0] += len(text)
+    for name, sections in package.prose:
+        if sizes[1] < max_bytes:
+            prose.append((name, sections))
+        sizes[1] += sum(map(len, sections))
+    return dataclasses.replace(package, code=tuple(code), prose=tuple(prose))
+
 
 def find_packages(folders: Iterable[Path]) -> list[Package]:
     """Return the packages directly under `folders` (the standard library, site-packages) by name.
@@ -142,8 +165,7 @@ def _is_documentation(path: Path) -> bool:
     stem = path.name.lower()
     if stem.startswith(SKIPPED_DOCUMENTS):
         return False
-    named = stem.startswith(("readme", "news", "changes", "history", "todo"))
-    return path.suffix in (".rst", ".md") or (path.suffix == ".txt" and named)
+    return path.suffix in (".rst", ".md") or (path.suffix == ".txt" and stem.startswith("readme"))
 
 
 def _import_name(distribution: importlib.metadata.Distribution) -> str:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ class Tokenize:
     output: str
     """Prefix: OUTPUT.bin, OUTPUT.idx and OUTPUT.json are written."""
     workers: int = 1
+    """Processes."""
 
 
 def main() -> int:
@@ -65,9 +66,8 @@ def tokenize(arguments: Tokenize) -> None:
     start_s = time.monotonic()
     inputs = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
     encode = functools.partial(_encode, tokenizer_path, record.eos_token_id)
-    with multiprocessing.get_context("fork").Pool(arguments.workers) as pool:
-        documents = _logged(itertools.chain.from_iterable(pool.imap(encode, batches)))
-        manifest = write_shard(Path(arguments.output), documents, record, {"inputs": inputs})
+    documents = itertools.chain.from_iterable(_mapped(encode, batches, arguments.workers))
+    manifest = write_shard(Path(arguments.output), _logged(documents), record, {"inputs": inputs})
     logger.info(
         "%s: %d documents, %d tokens in %.1f s",
         *(arguments.output, manifest["documents"], manifest["tokens"], time.monotonic() - start_s),
@@ -83,6 +83,15 @@ def read_tokenizer_record(path: Path) -> TokenizerRecord:
     if eos_token_id is None:
         raise PipelineError(f"{path} has no {EOS}; train one with data_pipeline.train_tokenizer")
     return TokenizerRecord(file_sha256(path), tokenizer.get_vocab_size(), eos_token_id)
+
+
+def _mapped[T, R](function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Yield function(item) in order, computed by as many processes."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(function, items)
 
 
 def _encode(tokenizer_path: Path, eos_token_id: int, texts: list[str]) -> list[np.ndarray]:

@@ -53,9 +53,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Batch(**moved)
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del tensors["num_padding"]
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return Batch(**moved, num_padding=self.num_padding)
 
 
 def make_batch(

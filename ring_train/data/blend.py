@@ -24,9 +24,12 @@ class BlendSchedule:
     """[period] int64: how many samples of that domain precede it in the period."""
     counts: np.ndarray
     """[domains] int64: samples of each domain in the period."""
+    repeats: bool
+    """Whether the period is whole, so that any sample index has a position."""
 
     def position(self, sample: int) -> tuple[int, int]:
         """Return (domain, index of the sample within the domain) of a global sample index."""
+        assert self.repeats or sample < len(self.domains), f"sample {sample} was not planned"
         period, offset = divmod(sample, len(self.domains))
         domain = int(self.domains[offset])
         return domain, int(self.indices[offset]) + period * int(self.counts[domain])
@@ -52,7 +55,7 @@ def make_schedule(weights: Sequence[float], num_samples: int) -> BlendSchedule:
     counts = np.bincount(domains, minlength=len(shares))
     for domain, count in enumerate(counts):
         indices[domains == domain] = np.arange(count)
-    return BlendSchedule(domains, indices, counts)
+    return BlendSchedule(domains, indices, counts, repeats=period == sum(shares))
 
 
 def _integer_shares(weights: Sequence[float]) -> list[int]:

@@ -41,15 +41,15 @@ class Batches:
         if domain not in self._validation:
             return []
         size, dp = self.plan.batch.micro_batch_size, self.plan.mesh.dp
-        rows = self.validation_rows(domain)
+        rows = self._validation_rows(domain)
         firsts = range(dp_rank * size, len(rows), size * dp)
         return [self._make(rows[first : first + size]) for first in firsts]
 
-    def validation_rows(self, domain: str) -> list[Row]:
-        """Return the held-out rows of a domain: train.eval_steps micro batches for every rank."""
-        count = _num_validation_rows(self.plan)
-        index = self.domains.index(domain)
-        return [self._validation[domain].row(number, index) for number in range(count)]
+    def validation_pairs(self, domain: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens, next tokens) that the validation loss of a domain averages over."""
+        batch = self._make(self._validation_rows(domain))
+        mask = batch.loss_mask
+        return batch.tokens[mask].numpy(), batch.labels[mask].numpy()
 
     def training_tokens(self, domain: str) -> np.ndarray:
         """Return the ids of all training documents of a domain, mapped."""
@@ -61,6 +61,12 @@ class Batches:
         shards = {f"{name}.train": stream.shard for name, stream in training.items()}
         shards |= {f"{name}.valid": stream.shard for name, stream in self._validation.items()}
         return {name: shard.sha256 for name, shard in sorted(shards.items())}
+
+    def _validation_rows(self, domain: str) -> list[Row]:
+        """Return the held-out rows of a domain: train.eval_steps micro batches for every rank."""
+        count = _num_validation_rows(self.plan)
+        index = self.domains.index(domain)
+        return [self._validation[domain].row(number, index) for number in range(count)]
 
     def _make(self, rows: Iterable[Row]) -> Batch:
         config = self.plan.config

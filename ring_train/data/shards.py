@@ -127,11 +127,13 @@ def _check_tokenizer(prefix: str, manifest: dict[str, Any], expected: Expected) 
 
 def _map_files(prefix: str, manifest: dict[str, Any]) -> Shard:
     """Return the mapped shard if sizes and counts of .idx, .bin and manifest agree."""
-    index = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
     start = len(INDEX_HEADER) + INDEX_FIELDS.size
-    if len(index) < start or bytes(index[: len(INDEX_HEADER)]) != INDEX_HEADER:
+    with Path(f"{prefix}.idx").open("rb") as stream:
+        header = stream.read(start)
+    if len(header) < start or not header.startswith(INDEX_HEADER):
         raise DataError(f"{prefix}.idx is not a Megatron index; tokenize again")
-    version, code, num_sequences, _ = INDEX_FIELDS.unpack(bytes(index[len(INDEX_HEADER) : start]))
+    index = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
+    version, code, num_sequences, _ = INDEX_FIELDS.unpack_from(header, len(INDEX_HEADER))
     if version != 1 or code not in DTYPES or len(index) < start + 4 * num_sequences:
         raise DataError(
             f"{prefix}.idx: version {version}, type code {code}, {num_sequences} documents in "
