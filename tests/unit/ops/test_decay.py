@@ -65,6 +65,8 @@ def test_float32_slopes_are_rounded_once() -> None:
     exact = decay_slopes(24, 7, 20, "shifted", dtype=torch.float64)
     assert torch.equal(decay_slopes(24, 7, 20, "shifted"), exact.float())
     assert bool((exact > 0).all())
+    factor = 1 - (7 - 1) / 19 + 1e-5
+    assert float(exact[0]) == pytest.approx(2.0**-0.5 * factor, rel=1e-15)
 
 
 @pytest.mark.parametrize("rule", ["", "ZERO_BASED", "max_zero"])
