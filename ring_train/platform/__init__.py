@@ -1,12 +1,16 @@
 """Makes megatron-core run where there is no CUDA. Import this before anything of megatron.
 
 Unusual: importing it imports megatron.core and replaces a few functions of torch.cuda and of
-megatron-core for the life of the process (see `cpu.py`). Where CUDA is available it does nothing.
+megatron-core for the life of the process (see `cpu.py`; where CUDA is available, none of them), and
+the queue of the checkpoint writers everywhere (see `checkpoint_queue.py`).
 """
 
+from ring_train.platform import checkpoint_queue
 from ring_train.platform.cpu import install
 
 IS_CPU = install()
 """True where this process has no CUDA device and runs megatron-core on the CPU and gloo."""
+
+checkpoint_queue.install()
 
 __all__ = ["IS_CPU"]
