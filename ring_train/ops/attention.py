@@ -28,7 +28,7 @@ def document_attention(
         k: keys, of fewer heads.
         v: values.
         cu_seqlens: [documents + 1], from 0 to t, strictly increasing.
-        lengths: host copy of the document lengths; avoids a device sync.
+        lengths: host copy of the lengths; spares a sync if cu_seqlens is not on the CPU.
         scale: of the scores, default d ** -0.5.
     """
     _check_inputs(q, k, v)
@@ -57,7 +57,7 @@ def document_attention_reference(
     heads_per_group = q.shape[1] // k.shape[1]
     key = k.to(dtype).repeat_interleave(heads_per_group, dim=1)
     value = v.to(dtype).repeat_interleave(heads_per_group, dim=1)
-    documents = document_indices(cu_seqlens, q.shape[0])
+    documents = document_indices(cu_seqlens, q.shape[0]).to(q.device)
     visible = (documents[:, None] == documents[None, :]).tril()
     scores = scale * torch.einsum("ind,jnd->nij", q.to(dtype), key)
     weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)

@@ -52,7 +52,7 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
         v: values, whose head dim may differ.
         slopes: decay rates > 0 of these heads, see `decay_slopes`.
         cu_seqlens: [documents + 1], from 0 to t, strictly increasing.
-        lengths: host copy of the document lengths; avoids a device sync.
+        lengths: host copy of the lengths; spares a sync if cu_seqlens is not on the CPU.
         scale: of the queries, default d ** -0.5.
         initial_state: state before each document.
         output_final_state: whether to compute the final states.
@@ -64,7 +64,9 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
     lengths = document_lengths(cu_seqlens, q.shape[0], lengths)
     _check_state(initial_state, (len(lengths), *q.shape[1:], v.shape[2]))
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    documents = document_indices(cu_seqlens, q.shape[0]) if len(lengths) > 1 else None
+    documents = None
+    if len(lengths) > 1:
+        documents = document_indices(cu_seqlens, q.shape[0]).to(q.device)
     rates = slopes.detach().double()
     row = _Row(rates, documents, scale, chunk_size)
     if initial_state is None and not output_final_state:
