@@ -4,7 +4,6 @@ Unusual: ranks are forks of the pytest process, which has imported torch and meg
 a test on two ranks costs about a second. Only tests that ask for `on_ranks` pay for that import.
 """
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 import pytest
 
-DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_TIMEOUT_S = 120.0
 GRACE_S = 1.0
 
 
@@ -81,31 +80,30 @@ def _run_ranks(num_ranks: int, store: Path, body: Callable[[], Any], timeout_s: 
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
     sys.stderr.flush()
-    readers, processes = [], []
+    connections, processes = [], []
     for rank in range(num_ranks):
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(rank, num_ranks, store, body, writer))
+        connection, childs = context.Pipe()
+        process = context.Process(target=_child, args=(rank, num_ranks, store, body, childs))
         with warnings.catch_warnings():
             # Threads of execnet and of torch's pools are idle here; the child starts its own.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded")
             process.start()
-        writer.close()
-        readers.append(reader)
+        childs.close()
+        connections.append(connection)
         processes.append(process)
     try:
-        return _collect(readers, timeout_s)
+        return _collect(connections, timeout_s)
     finally:
+        # Ranks live until all are heard: one that left early would tear its peers' connections.
         for process in processes:
-            process.join(timeout=0.5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
 
 
-def _collect(readers: list[Connection], timeout_s: float) -> list[Any]:
+def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
     """Return one result per rank, or raise RankError with what the failing ranks said."""
     __tracebackhide__ = True
-    waiting: dict[Any, int] = {reader: rank for rank, reader in enumerate(readers)}
+    waiting: dict[Any, int] = {reader: rank for rank, reader in enumerate(connections)}
     results: dict[int, Any] = {}
     failures: list[str] = []
     deadline = time.monotonic() + timeout_s
@@ -113,50 +111,45 @@ def _collect(readers: list[Connection], timeout_s: float) -> list[Any]:
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
             break
-        for reader in ready:
-            rank = waiting.pop(reader)
-            succeeded, value = _receive(reader)
+        for connection in ready:
+            rank = waiting.pop(connection)
+            succeeded, value = _receive(connection)
             if succeeded:
                 results[rank] = value
             else:
-                # Its peers fail of broken connections or hang: hear what they say, briefly.
+                # Its peers may wait for it in vain: hear what they say, briefly.
                 deadline = min(deadline, time.monotonic() + GRACE_S)
-                failures.append(f"rank {rank} of {len(readers)}: {value}")
+                failures.append(f"rank {rank} of {len(connections)}: {value}")
     if failures:
         raise RankError("\n".join(failures))
     if waiting:
         ranks = sorted(waiting.values())
-        raise RankError(f"ranks {ranks} of {len(readers)} not finished after {timeout_s:.0f} s")
-    return [results[rank] for rank in range(len(readers))]
+        raise RankError(f"ranks {ranks} of {len(connections)} not finished after {timeout_s:.0f} s")
+    return [results[rank] for rank in range(len(connections))]
 
 
-def _receive(reader: Any) -> tuple[bool, Any]:
+def _receive(connection: Any) -> tuple[bool, Any]:
     try:
-        return pickle.loads(reader.recv_bytes())
+        return pickle.loads(connection.recv_bytes())
     except EOFError:
         return False, "died without a word (killed, or a crash in native code)"
 
 
 def _child(
-    rank: int,
-    num_ranks: int,
-    store: Path,
-    body: Callable[[], Any],
-    writer: Connection,
+    rank: int, num_ranks: int, store: Path, body: Callable[[], Any], connection: Connection
 ) -> None:
-    """Run one rank and leave by os._exit: no teardown of pytest, no atexit of the parent."""
-    status = 1
+    """Run one rank, tell the result and wait to be killed: no teardown or atexit of the parent."""
     try:
-        message = (True, _run_in_world(rank, num_ranks, store, body))
-        payload = pickle.dumps(message)
-        status = 0
+        payload = pickle.dumps((True, _run_in_world(rank, num_ranks, store, body)))
     except BaseException:
         payload = pickle.dumps((False, traceback.format_exc()))
-    with contextlib.suppress(BaseException):
-        writer.send_bytes(payload)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        connection.send_bytes(payload)
+        connection.recv_bytes()
+    finally:
+        os._exit(1)
 
 
 def _run_in_world(rank: int, num_ranks: int, store: Path, body: Callable[[], Any]) -> Any:
@@ -169,8 +162,4 @@ def _run_in_world(rank: int, num_ranks: int, store: Path, body: Callable[[], Any
         LOCAL_WORLD_SIZE=str(num_ranks),
     )
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
-    result = body()
-    # A rank that leaves early would tear the connections under the others.
-    dist.barrier()
-    dist.destroy_process_group()
-    return result
+    return body()

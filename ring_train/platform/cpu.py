@@ -25,6 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+_REWRITTEN = frozenset((torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to))
 
 
 class _CudaAsCpu(TorchFunctionMode):
@@ -41,19 +42,21 @@ class _CudaAsCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
-            if kwargs.get("pin_memory"):
-                kwargs["pin_memory"] = False
-            return func(*args, **kwargs)
-        return func(*args)
+        # Called for every torch function, so the common case does as little as can be.
+        if func in _REWRITTEN:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                return func(*args).replace("torch.", "torch.cuda.", 1)
+            if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+                args = (args[0], CPU, *args[2:])
+        if not kwargs:
+            return func(*args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return func(*args, **kwargs)
 
 
 def _is_cuda(device: object) -> bool:
