@@ -22,6 +22,8 @@ class TrainConfig:
     """0 = no validation."""
     eval_steps: int
     """Micro batches per data-parallel rank and domain of one validation."""
+    stop_after_step: int | None = None
+    """Stop with a checkpoint after this step of the run; the schedule keeps its horizon."""
     time_limit_s: float | None = None
     """Stop with a checkpoint after this many seconds; null = no limit."""
 

@@ -69,6 +69,7 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         "seq_length",
         "micro_batch_size",
         "global_batch_size",
+        "stop_after_step",
         "time_limit_s",
     ),
     "optim": ("lr", "adam_eps"),
