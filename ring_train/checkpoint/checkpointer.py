@@ -22,9 +22,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
+from ring_train.checkpoint.errors import CheckpointError
 from ring_train.checkpoint.identity import check_same_model
 from ring_train.config import to_yaml
-from ring_train.checkpoint.errors import CheckpointError
 from ring_train.plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from ring_train.config import ModelConfig, read_yaml
 from ring_train.checkpoint.errors import CheckpointError
+from ring_train.config import ModelConfig, read_yaml
 
 MAY_DIFFER = frozenset(
     {

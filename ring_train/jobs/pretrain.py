@@ -20,16 +20,16 @@ def pretrain(config: Config) -> None:
     """Plan, build, resume or initialise, and train to the end."""
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
 
-    import ring_train.platform  # noqa: F401, PLC0415  (heavy imports only after the plan holds)
-    from ring_train.checkpoint import Checkpointer  # noqa: PLC0415
-    from ring_train.data.loader import build_batches  # noqa: PLC0415
-    from ring_train.jobs.initial_weights import load_initial_weights  # noqa: PLC0415
-    from ring_train.model.build import build_model  # noqa: PLC0415
-    from ring_train.runtime.distributed import start_runtime  # noqa: PLC0415
-    from ring_train.train.loop import Trainer  # noqa: PLC0415
-    from ring_train.train.optimizer import build_optimizer  # noqa: PLC0415
-    from ring_train.train.plots import write_plots  # noqa: PLC0415
-    from ring_train.train.record import write_run_record  # noqa: PLC0415
+    import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
+    from ring_train.checkpoint import Checkpointer
+    from ring_train.data.loader import build_batches
+    from ring_train.jobs.initial_weights import load_initial_weights
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.loop import Trainer
+    from ring_train.train.optimizer import build_optimizer
+    from ring_train.train.plots import write_plots
+    from ring_train.train.record import write_run_record
 
     with start_runtime(plan) as groups:
         batches = build_batches(plan)

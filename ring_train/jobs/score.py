@@ -44,7 +44,8 @@ def read_prompts(path: Path) -> list[list[int]]:
         prompts = json.loads(path.read_text())["prompts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'prompts={path}: {type(error).__name__}: {error}; give a JSON file {{"prompts": [[ids]]}}'
+            f"prompts={path}: {type(error).__name__}: {error}; "
+            'give a JSON file {"prompts": [[ids]]}'
         ) from error
     for prompt in prompts:
         if len(prompt) < 2 or not all(isinstance(token, int) for token in prompt):
@@ -84,14 +85,14 @@ def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Pla
 def score(
     plan: Plan, config: ScoreConfig, prompts: list[list[int]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ({"logprobs", "mtp_logprobs", ...}, {"loss", ..., "grad_norms", ...}) of the prompts."""
-    import ring_train.platform  # noqa: F401, PLC0415  (heavy imports only after the plan holds)
-    from ring_train.hf.table import make_table  # noqa: PLC0415
-    from ring_train.hf.weights import load_hf_weights  # noqa: PLC0415
-    from ring_train.model.build import build_model  # noqa: PLC0415
-    from ring_train.runtime.distributed import start_runtime  # noqa: PLC0415
-    from ring_train.train.optimizer import attach_schedule_callbacks  # noqa: PLC0415
-    from ring_train.train.scoring import gradient_norms, make_rows, score_rows  # noqa: PLC0415
+    """Return ({"logprobs", ...}, {"loss", "grad_norms", ...}) of the prompts."""
+    import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
+    from ring_train.hf.table import make_table
+    from ring_train.hf.weights import load_hf_weights
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.optimizer import attach_schedule_callbacks
+    from ring_train.train.scoring import gradient_norms, make_rows, score_rows
 
     with start_runtime(plan) as groups:
         model = build_model(plan, groups.collection)

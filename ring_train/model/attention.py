@@ -58,7 +58,8 @@ class GroupedQueryAttention(SelfAttention):
             rotary_pos_emb: [2, t, rotary_dim] fp32: cos and sin of every token's angles.
             packed_seq_params: document boundaries of the row.
         """
-        assert rotary_pos_emb is not None and packed_seq_params is not None
+        assert rotary_pos_emb is not None
+        assert packed_seq_params is not None
         query, key, value = self.get_query_key_value_tensors(hidden_states)  # [t, 1, n/tp, d]
         cos, sin = rotary_pos_emb
         query = apply_partial_rope(query.squeeze(1), cos, sin)  # [t, n/tp, d]

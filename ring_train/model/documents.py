@@ -6,6 +6,7 @@ state, attention or position can leak from one document into the next by omissio
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ def make_documents(cu_seqlens: torch.Tensor) -> Documents:
         cu_seqlens: [n_docs + 1] int32 on the host: 0, then the end of every document.
     """
     boundaries = cu_seqlens.tolist()
-    lengths = tuple(end - start for start, end in zip(boundaries, boundaries[1:], strict=False))
+    lengths = tuple(end - start for start, end in itertools.pairwise(boundaries))
     return Documents(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

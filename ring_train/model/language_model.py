@@ -180,7 +180,7 @@ class HybridLanguageModel(MegatronModule):
         return loss.squeeze(1)
 
     def _padding_mask(self, batch: PackedRow) -> torch.Tensor | None:
-        """Return [1, t/sp] bool, True where padding, for the tokens of this rank's sequence part."""
+        """Return [1, t/sp] bool, True where padding, for this rank's part of the sequence."""
         if not batch.num_padding:
             return None
         tokens = len(batch.tokens)
@@ -196,7 +196,8 @@ class HybridLanguageModel(MegatronModule):
         metadata: dict | None = None,
     ) -> ShardedStateDict:
         """Return megatron's sharded state dict; keys are global and free of the layout."""
-        assert not sharded_offsets and metadata is not None
+        assert not sharded_offsets
+        assert metadata is not None
         state = super().sharded_state_dict(prefix, (), metadata)
         if self.has_mtp:
             state = {k: v for k, v in state.items() if not k.startswith(f"{prefix}mtp.")}

@@ -68,7 +68,8 @@ class LightningAttention(SelfAttention):
             model.num_attention_heads,
             layer_number - 1,
             model.num_layers,
-            model.decay_layer_rule.name,
+            model.decay_layer_rule.value,
+            dtype=torch.promote_types(config.params_dtype, torch.float32),
         )
         self.register_buffer(
             "slopes", slopes[tp_rank * heads : (tp_rank + 1) * heads], persistent=False
@@ -83,7 +84,8 @@ class LightningAttention(SelfAttention):
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (output [t/sp, 1, h], None); arguments as in `GroupedQueryAttention`."""
-        assert rotary_pos_emb is not None and packed_seq_params is not None
+        assert rotary_pos_emb is not None
+        assert packed_seq_params is not None
         qkv, _ = self.linear_qkv(hidden_states)  # [t, 1, 3*n*d/tp]
         if self.silu:
             qkv = torch.nn.functional.silu(qkv)

@@ -9,6 +9,11 @@ import sys
 from tqdm import tqdm
 
 PACKAGE = "ring_train"
+NOISY = (
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed.distributed_data_parallel",
+)
+"""Loggers that warn at every run of what is meant: synchronous saves, a parameter layout of DDP."""
 
 
 class _RankFilter(logging.Filter):
@@ -45,6 +50,8 @@ def start_logs(rank: int) -> None:
     root.handlers = [h for h in root.handlers if not isinstance(h, _LineHandler)] + [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger(PACKAGE).setLevel(logging.INFO)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def progress_bar(*, first_step: int, num_steps: int, wanted: bool | None, rank: int) -> tqdm:

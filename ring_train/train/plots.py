@@ -24,10 +24,10 @@ def write_plots(plan: Plan, rank: int) -> None:
     )
     if not metrics:
         return
-    import matplotlib  # noqa: PLC0415  (a second that only this function should pay)
+    import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     panels: list[tuple[str, Series]] = [

@@ -72,13 +72,15 @@ def global_counts(
     """
     rows = [
         torch.stack(
-            [batch.loss_mask.sum(), *batch.mtp_loss_mask.sum(1)]
-            + [torch.tensor(len(batch.tokens) - batch.num_padding)]
+            [
+                batch.loss_mask.sum(),
+                *batch.mtp_loss_mask.sum(1),
+                torch.tensor(len(batch.tokens) - batch.num_padding, device=batch.tokens.device),
+            ]
         )
         for batch in micro_batches
     ]
     counts = torch.stack(rows).sum(0).double()
-    counts = counts.to(micro_batches[0].tokens.device)
     torch.distributed.all_reduce(counts, group=groups.dp_cp)
     return counts[:-1], int(counts[-1])
 

@@ -1,7 +1,6 @@
 """A run that stops after any step and resumes is the uninterrupted run, bit for bit."""
 
 import hashlib
-import itertools
 from pathlib import Path
 
 import pytest
