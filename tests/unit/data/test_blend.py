@@ -39,7 +39,8 @@ def test_every_prefix_is_within_one_sample_of_its_shares(
 ) -> None:
     schedule = make_schedule(weights, num_samples)
     domains = np.array([schedule.position(n)[0] for n in range(num_samples)])
-    assert largest_deviation(domains, weights) < 1
+    slack = Fraction(1, max(1, 2 * len(weights) - 2))  # Tijdeman's bound, below one sample
+    assert largest_deviation(domains, weights) <= 1 - slack
 
 
 @given(st.lists(st.integers(1, 9).map(float), min_size=1, max_size=6), st.integers(1, 200))
