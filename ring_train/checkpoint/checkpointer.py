@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 
 from ring_train.checkpoint.errors import CheckpointError
@@ -174,18 +175,19 @@ def _model_state(
     }
 
 
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+def _unwrap(chunk: torch.nn.Module) -> MegatronModule:
     return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
 
 
 def _load(template: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(template, str(folder), validate_access_integrity=True)
+        loaded: Any = dist_checkpointing.load(template, str(folder), validate_access_integrity=True)
     except Exception as error:
         raise CheckpointError(
             f"{folder}: megatron could not load it ({type(error).__name__}: {error}); "
             "the checkpoint is damaged or of another model"
         ) from error
+    return loaded
 
 
 def _load_model(model: list[DistributedDataParallel], loaded: dict[str, Any]) -> None:

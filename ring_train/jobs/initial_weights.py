@@ -1,13 +1,17 @@
 """`init_from`: initial weights from a checkpoint or a Hugging Face folder."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.process_groups_config import ProcessGroupCollection
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ring_train.checkpoint import CheckpointError, load_weights
 from ring_train.hf.weights import load_hf_weights
 from ring_train.plan import Plan
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def load_initial_weights(

@@ -42,7 +42,11 @@ class DocumentAttention(torch.nn.Module):
 class GroupedQueryAttention(SelfAttention):
     """GQA with QK-norm before partial RoPE (model-spec 2.1); documents never see each other."""
 
-    def forward(  # type: ignore[override]  # megatron's inference arguments do not apply here
+    # megatron types these by the arguments that its own forward passes.
+    core_attention: Any
+    linear_proj: Any
+
+    def forward(  # pyrefly: ignore[bad-override]  # inference arguments do not apply here
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -60,7 +64,8 @@ class GroupedQueryAttention(SelfAttention):
         """
         assert rotary_pos_emb is not None
         assert packed_seq_params is not None
-        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [t, 1, n/tp, d]
+        qkv: tuple[Any, ...] = self.get_query_key_value_tensors(hidden_states)
+        query, key, value = qkv  # [t, 1, n/tp, d], [t, 1, g/tp, d] twice
         cos, sin = rotary_pos_emb
         query = apply_partial_rope(query.squeeze(1), cos, sin)  # [t, n/tp, d]
         key = apply_partial_rope(key.squeeze(1), cos, sin)  # [t, g/tp, d]

@@ -7,7 +7,7 @@ normalisation belongs to the training step, which knows the global counts.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import tensor_parallel
@@ -85,7 +85,7 @@ class HybridLanguageModel(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=groups.tp,
             )
-            weight = self.embedding.word_embeddings.weight
+            weight: Any = self.embedding.word_embeddings.weight
             weight.shared_embedding = True
             weight.shared = not self.pre_process  # counted once in the gradient norm
         self.decoder = TransformerBlock(
@@ -104,6 +104,7 @@ class HybridLanguageModel(MegatronModule):
             layers = [make_layer_spec(plan, config, model.num_layers + depth) for depth in depths]
             self.mtp = MtpBlock(config, layers, groups)
         if self.post_process:
+            assert config.init_method is not None
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 model.vocab_size,
@@ -225,6 +226,10 @@ def _module_state(
     state: ShardedStateDict = {}
     for name, child in module.named_children():
         state |= sharded_state_dict_default(
-            child, f"{prefix}{name}.", (), metadata, tp_group=tp_group
+            child,
+            f"{prefix}{name}.",
+            (),  # pyrefly: ignore[bad-argument-type]  # megatron's own default
+            metadata,
+            tp_group=tp_group,
         )
     return state

@@ -34,6 +34,13 @@ class LightningAttention(SelfAttention):
         pg_collection: process groups.
     """
 
+    # megatron types these by the arguments that its own forward passes.
+    linear_qkv: Any
+    linear_proj: Any
+    q_layernorm: Any
+    k_layernorm: Any
+    linear_gate: Any
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -49,6 +56,7 @@ class LightningAttention(SelfAttention):
         tp_rank, tp = pg_collection.tp.rank(), pg_collection.tp.size()
         heads = model.num_attention_heads // tp
         self.silu = model.linear_silu
+        assert config.init_method is not None
         self.linear_gate = submodules.linear_qkv(
             config.hidden_size,
             self.query_projection_size,
@@ -75,13 +83,13 @@ class LightningAttention(SelfAttention):
             "slopes", slopes[tp_rank * heads : (tp_rank + 1) * heads], persistent=False
         )  # [n/tp] fp32
 
-    def forward(  # type: ignore[override]  # megatron's inference arguments do not apply here
+    def forward(  # pyrefly: ignore[bad-override]  # inference arguments do not apply here
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotary_pos_emb: torch.Tensor | None = None,
         packed_seq_params: Documents | None = None,
-        **_: Any,
+        **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (output [t/sp, 1, h], None); arguments as in `GroupedQueryAttention`."""
         assert rotary_pos_emb is not None

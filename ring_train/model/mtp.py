@@ -6,6 +6,8 @@ cross a document boundary. Embedding and output head are the model's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,6 +32,7 @@ class MtpLayer(torch.nn.Module):
         self.groups = groups
         self.sequence_parallel = config.sequence_parallel
         hidden, eps = config.hidden_size, config.layernorm_epsilon
+        assert config.init_method is not None
         self.enorm = RMSNorm(config, hidden, eps)
         self.hnorm = RMSNorm(config, hidden, eps)
         self.eh_proj = tensor_parallel.ColumnParallelLinear(
@@ -41,7 +44,7 @@ class MtpLayer(torch.nn.Module):
             gather_output=False,
             tp_group=groups.tp,
         )
-        self.transformer_layer = build_module(
+        self.transformer_layer: Any = build_module(
             layer, config=config, layer_number=depth, pg_collection=groups, is_mtp_layer=True
         )
         self.final_layernorm = RMSNorm(config, hidden, eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,8 +22,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads this tag
+        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight.sequence_parallel = config.sequence_parallel  # read by megatron
+        self.weight: torch.nn.Parameter = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normalised x: same shape [..., h] and dtype."""
@@ -49,10 +52,11 @@ class GatedGroupNorm(torch.nn.Module):
         self.eps = config.layernorm_epsilon
         self.num_groups = num_groups
         self.tp_group = tp_group
-        self.weight = torch.nn.Parameter(torch.ones(channels, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]  # counted on every TP rank in the gradient norm
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]  # read by tensors.py
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]  # read by megatron
+        weight: Any = torch.nn.Parameter(torch.ones(channels, dtype=config.params_dtype))
+        weight.tensor_model_parallel = True  # counted on every TP rank in the gradient norm
+        weight.partition_dim = 0  # read by tensors.py
+        weight.partition_stride = 1  # read by megatron
+        self.weight: torch.nn.Parameter = weight
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Return groupnorm(x) * sigmoid(gate); x and gate are [t, n*d/tp]."""

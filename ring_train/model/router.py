@@ -40,7 +40,7 @@ class SigmoidRouter(Router):
     ) -> None:
         super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.model = model
-        experts = config.num_moe_experts
+        experts = config.num_moe_experts or 0
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32))
         self.register_buffer(
             "tokens_per_expert", torch.zeros(experts, dtype=torch.int64), persistent=False
@@ -50,7 +50,7 @@ class SigmoidRouter(Router):
         self.track_margin = False
         self.margin = float("inf")
 
-    def forward(  # type: ignore[override]  # the base class leaves the signature open
+    def forward(  # pyrefly: ignore[bad-override]  # the base class leaves the arguments open
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (probs [t, e] fp32, zero where not selected; routing map [t, e] bool).
@@ -59,7 +59,7 @@ class SigmoidRouter(Router):
             input: [t/sp, 1, h], normalised block input.
             padding_mask: [t/sp, 1] bool, True where the token is padding.
         """
-        logits = self.gating(input).view(-1, self.num_experts)  # [t, e] fp32
+        logits = self.gating(input).flatten(0, -2)  # [t, e] fp32
         valid = None if padding_mask is None else ~padding_mask.reshape(-1)
         probs, routing_map = self.routing(logits)
         if self.track_margin:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -49,15 +50,16 @@ def make_layer_spec(plan: Plan, config: TransformerConfig, layer_index: int) -> 
         channel = plan.layers.channel_mixers[layer_index]
     else:
         token, channel = MTP_MIXERS
+    bias_dropout_add: Any = get_bias_dropout_add  # a function where megatron's types say module
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=_builder(TOKEN_MIXERS[token].spec)(plan, config),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_builder(CHANNEL_MIXERS[channel].spec)(plan, config),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
         ),
     )
 
@@ -70,9 +72,10 @@ def _builder(path: str) -> SpecBuilder:
 
 def _attention_submodules(plan: Plan) -> SelfAttentionSubmodules:
     norm = RMSNorm if plan.config.model.qk_layernorm else None
+    core: Any = DocumentAttention  # its forward takes Documents, not megatron's arguments
     return SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=DocumentAttention,
+        core_attention=core,
         linear_proj=RowParallelLinear,
         q_layernorm=norm,
         k_layernorm=norm,

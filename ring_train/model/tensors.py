@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.utils import get_attr_wrapped_model
@@ -90,22 +91,22 @@ def _logical_name(model: HybridLanguageModel, name: str) -> str:
     """Return the global name of a tensor of a chunk: layer and expert indices become global."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
-        layer_index = model.decoder.layers[int(match[1])].layer_number - 1
-        name = f"decoder.layers.{layer_index}.{match[2]}"
+        layer: Any = model.decoder.layers[int(match[1])]
+        name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
     match = re.match(r"(.*)\.local_experts\.(\d+)\.(.*)", name)
     if match:
-        per_rank = model.plan.config.model.num_moe_experts // model.plan.mesh.ep
+        per_rank = (model.plan.config.model.num_moe_experts or 0) // model.plan.mesh.ep
         name = f"{match[1]}.{model.groups.ep.rank() * per_rank + int(match[2])}.{match[3]}"
     return name
 
 
-def _shard(model: HybridLanguageModel, name: str, tensor: torch.Tensor) -> Shard:
+def _shard(model: HybridLanguageModel, name: str, tensor: Any) -> Shard:
+    """Return how megatron cut a parameter; its tags lie on the tensor."""
     group = model.groups.expt_tp if ".experts." in name else model.groups.tp
     if not getattr(tensor, "tensor_model_parallel", False) or group.size() == 1:
         return Shard(dim=0, world=1, rank=0)
     blocks = 2 if name.endswith("linear_fc1.weight") else 1
-    dim = tensor.partition_dim  # type: ignore[attr-defined]  # set with tensor_model_parallel
-    return Shard(dim, group.size(), group.rank(), blocks, group)
+    return Shard(tensor.partition_dim, group.size(), group.rank(), blocks, group)
 
 
 def _is_copy(model: HybridLanguageModel, name: str) -> bool:

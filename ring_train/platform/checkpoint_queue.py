@@ -6,10 +6,12 @@ forked rank. A save in a process of its own (async) would need the original agai
 """
 
 import queue
+from typing import Any
 
 
 def install() -> None:
     """Make megatron-core's writers report through `queue.Queue`."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()
+    results: Any = queue.Queue()  # megatron-core declares None
+    filesystem_async._results_queue = results

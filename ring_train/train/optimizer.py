@@ -24,7 +24,10 @@ def build_optimizer(
     data-parallel ranks.
     """
     optimizer = get_megatron_optimizer(
-        make_optimizer_config(plan), model, use_gloo_process_groups=False, pg_collection=groups
+        make_optimizer_config(plan),
+        [*model],
+        use_gloo_process_groups=False,
+        pg_collection=groups,
     )
     attach_schedule_callbacks(model, optimizer, groups)
     return optimizer
@@ -58,7 +61,7 @@ def _finalize(
 ) -> None:
     """Reduce gradients as a plain sum: the loss was divided by global counts before backward."""
     kwargs.pop("pg_collection", None)
-    finalize_model_grads(model, None, pg_collection=groups, **kwargs)
+    finalize_model_grads([*model], None, pg_collection=groups, **kwargs)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -80,11 +81,12 @@ def token_losses(
         chunk.eval()
     begin_router_step(model, 1)
     iterators = [iter(rows) for _ in model]
+    chunks: list[torch.nn.Module] = [*model]
     single = len(model) == 1
     losses = get_forward_backward_func()(
         forward_step_func=lambda batches, chunk: (chunk(next(batches)), _keep),
         data_iterator=iterators[0] if single else iterators,
-        model=model[0] if single else model,
+        model=chunks[0] if single else chunks,
         num_microbatches=len(rows),
         seq_length=len(rows[0].tokens),
         micro_batch_size=1,
@@ -128,7 +130,8 @@ def gradient_norms(
         reached = _mtp_depth(item.name) <= depths
         if item.is_copy or not isinstance(item.tensor, torch.nn.Parameter) or not reached:
             continue
-        full = item.shard.gather(item.tensor.main_grad)  # type: ignore[attr-defined]  # set by DDP
+        parameter: Any = item.tensor  # DDP sets main_grad
+        full = item.shard.gather(parameter.main_grad)
         norms |= {name: float(grad.norm()) for name, grad in to_named(item.name, full).items()}
     gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, norms)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -112,11 +113,12 @@ def forward_backward(
         return chunk(batch), partial(_loss, batch=batch, scale=scale, num_domains=num_domains)
 
     iterators = [iter(micro_batches) for _ in model]
+    chunks: list[torch.nn.Module] = [*model]
     single = len(model) == 1
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if single else iterators,
-        model=model[0] if single else model,
+        model=chunks[0] if single else chunks,
         num_microbatches=len(micro_batches),
         seq_length=len(micro_batches[0].tokens),
         micro_batch_size=1,
@@ -187,6 +189,7 @@ def train_step(
     )
     lr = learning_rate(plan.config.optim, step, plan.config.train.num_steps)
     set_learning_rate(optimizer, lr, plan.config.optim.weight_decay)
-    _, grad_norm, _ = optimizer.step()
+    outcome: Any = optimizer.step()  # megatron's base class declares None
+    _, grad_norm, _ = outcome
     loads = finish_router_step(model, groups)
     return StepResult(sums, float(grad_norm or 0.0), lr, loads)

@@ -18,6 +18,11 @@ LONG_MODULES: dict[str, str] = {
 LONG_FUNCTIONS: dict[str, str] = {}
 """path:function -> why it may exceed the hard limit."""
 
+MANY_PARAMETERS: dict[str, str] = {
+    "ring_train/ops/lightning.py:lightning_attention": "the arguments of every such kernel (fla)",
+}
+"""path:function -> why a record would not make it clearer."""
+
 MODULES = repository_files(".py")
 
 
@@ -60,6 +65,7 @@ def test_no_function_has_too_many_parameters() -> None:
         if "tests" not in path.parts and "modeling" not in path.parts
         for function in functions_of(path)
         if (count := num_parameters(function)) > MAX_PARAMETERS
+        and f"{path}:{function.name}" not in MANY_PARAMETERS
     }
     assert not too_many, f"a record is missing, at most {MAX_PARAMETERS} parameters: {too_many}"
 
@@ -70,7 +76,7 @@ def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len([n for n in names if n not in ("self", "cls")]) + len(function.args.kwonlyargs)
 
 
-@pytest.mark.parametrize("listed", [LONG_MODULES, LONG_FUNCTIONS])
+@pytest.mark.parametrize("listed", [LONG_MODULES, LONG_FUNCTIONS, MANY_PARAMETERS])
 def test_exceptions_name_files_that_exist(listed: dict[str, str]) -> None:
     gone = [key for key in listed if not (ROOT / key.split(":")[0]).is_file()]
     assert not gone, f"remove {gone} from the exceptions"
