@@ -88,10 +88,11 @@ def test_a_softmax_model_is_called_bailing_moe_and_has_no_linear_keys() -> None:
 
 
 def test_generation_stops_at_the_end_of_text(tiny: ModelConfig) -> None:
-    assert generation_config_dict(tiny) == {
+    model = dataclasses.replace(tiny, bos_token_id=None, eos_token_id=3, pad_token_id=4)
+    assert generation_config_dict(model) == {
         "bos_token_id": None,
-        "eos_token_id": [tiny.eos_token_id],
-        "pad_token_id": tiny.pad_token_id,
+        "eos_token_id": [3],
+        "pad_token_id": 4,
     }
 
 
@@ -132,6 +133,24 @@ def test_all_missing_and_wrong_keys_are_named_at_once(golden_copy: GoldenCopy) -
         "use_bias=True, but only use_bias=False",
     ):
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "match"),
+    [
+        ("ring_linear_v2", {"linear_rope": False}, "linear_rope=False, but only linear_rope=True"),
+        ("ling_v2", {"rope_scaling": {"type": "yarn"}}, "only rope_scaling=None"),
+        ("ling_v2", {"score_function": "softmax"}, "only score_function='sigmoid'"),
+        ("ring_lite_v1", {"norm_softmax": True}, "only norm_softmax=False"),
+    ],
+)
+def test_what_the_trainer_does_not_implement_is_refused(
+    golden_copy: GoldenCopy, name: str, values: dict[str, Any], match: str
+) -> None:
+    folder = golden_copy(name)
+    edit(folder, **values)
+    with pytest.raises(HfError, match=match):
+        read_model_config(folder)
 
 
 def test_rotary_dim_stands_for_the_factor(golden_copy: GoldenCopy) -> None:
