@@ -1,0 +1,63 @@
+"""A run leaves its figures and its record, goes on after a stop, and starts from given weights."""
+
+import json
+from pathlib import Path
+
+from tests.conftest import OnRanks
+from tests.e2e.commands import contents, succeed
+from tests.e2e.conftest import NUM_STEPS
+
+
+def records(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_folder_holds_figures_and_record(trained: Path) -> None:
+    metrics = records(trained / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(1, NUM_STEPS + 1))
+    wanted = {"lm_loss", "lm_loss/code", "lm_loss/math", "mtp_loss/1", "grad_norm"}
+    wanted |= {"learning_rate", "router/max_over_mean", "router/entropy_nats"}
+    assert wanted <= metrics[0].keys()
+    assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
+    timing = records(trained / "timing.jsonl")
+    assert all(record["tokens_per_s"] > 0 for record in timing)
+    validation = records(trained / "validation.jsonl")
+    assert [record["step"] for record in validation] == [4, 8]
+    assert {"valid_loss/code", "valid_loss/math"} <= validation[0].keys()
+    assert list((trained / "tensorboard").glob("events.*"))
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "num_experts" not in (trained / "config.yaml").read_text().split("\n")[0]
+    assert json.loads((trained / "plan.json").read_text())["mesh"]["ep"] == 2
+    assert {"torch", "megatron-core", "commit"} <= json.loads(
+        (trained / "versions.json").read_text()
+    ).keys()
+    hashes = json.loads((trained / "data.json").read_text())
+    assert sorted(hashes) == ["code.train", "code.valid", "math.train", "math.valid"]
+
+
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
+    trained: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    words = [*training, "parallel=ep2", f"run_dir={run_dir}"]
+    succeed(on_ranks, 2, "pretrain", [*words, "train.stop_after_step=3"])
+    assert len(records(run_dir / "metrics.jsonl")) == 3
+    succeed(on_ranks, 2, "pretrain", words)
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert (run_dir / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_a_checkpoint_and_its_export_start_a_run_alike(
+    trained: Path, exported: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    before = contents(trained), contents(exported)
+    sources = {"checkpoint": trained / "checkpoints" / "step_00000008", "folder": exported}
+    for name, source in sources.items():
+        words = [*training, "train.stop_after_step=1", f"run_dir={tmp_path}/{name}"]
+        succeed(on_ranks, 1, "pretrain", [*words, f"init_from={source}"])
+    first, second = (records(tmp_path / name / "metrics.jsonl")[0] for name in sources)
+    assert first["lm_loss"] == second["lm_loss"]
+    assert first["mtp_loss/1"] == second["mtp_loss/1"]
+    random_start = records(trained / "metrics.jsonl")[0]
+    assert first["lm_loss"] < random_start["lm_loss"] - 0.1
+    assert (contents(trained), contents(exported)) == before
