@@ -16,7 +16,9 @@ def module(package: str, number: int) -> str:
     names = [f"{package}_value_{number}_{n}" for n in range(12)]
     body = "\n".join(f"    {name} = compute_{name}(argument)" for name in names)
     prose = " ".join(f"The {package} function {number} explains {name}." for name in names)
-    return f'"""{prose}\n\nMore about {package} {number}."""\n\n\ndef f(argument):\n{body}\n'
+    repeated = '    """A sentence that every module repeats word for word."""'
+    text = f'"""{prose}\n\nMore about {package} {number}."""'
+    return f"{text}\n\n\ndef f(argument):\n{repeated}\n{body}\n"
 
 
 @pytest.fixture
@@ -78,6 +80,14 @@ def test_no_docstring_is_in_both_code_and_prose(installation: Path, tmp_path: Pa
         assert "explains" not in code
         assert "explains" in prose
         assert "compute_" not in prose
+
+
+def test_a_docstring_that_many_modules_repeat_is_kept_once(
+    installation: Path, tmp_path: Path
+) -> None:
+    write_demo_corpus(arguments(tmp_path / "out"), [installation])
+    prose = [d.text for s in ("train", "valid") for d in read(tmp_path / "out", f"prose.{s}")]
+    assert "".join(prose).count("repeats word for word") == 1
 
 
 def test_copies_tests_vendored_code_and_licences_are_left_out(

@@ -82,6 +82,10 @@ def test_a_docstring_after_wide_characters_on_its_line_is_cut_exactly() -> None:
     assert split.code == 'def f(x="\u00e9\u20ac"): ...; return x\n'
 
 
+def test_code_after_a_bare_string_on_its_line_is_kept() -> None:
+    assert split_source('import os\n"text"; x = 1\n').code == "import os\n...; x = 1\n"
+
+
 def test_a_module_of_long_strings_is_documentation() -> None:
     text = "A line of documentation.\n" * 10
     split = split_source(f'topics = {{"a": """{text}""", "b": {text!r}}}\n')
@@ -91,8 +95,9 @@ def test_a_module_of_long_strings_is_documentation() -> None:
 
 def test_a_module_with_much_documentation_keeps_its_code() -> None:
     text = "A line of documentation.\n    " * 50
-    split = split_source(f'def f():\n    """{text}"""\n    return 1\n')
-    assert split.code == "def f():\n    return 1\n"
+    code = f"    return {list(range(200))}\n"
+    split = split_source(f'def f():\n    """{text}"""\n{code}')
+    assert split.code == "def f():\n" + code
 
 
 def test_source_that_is_not_python_is_an_error() -> None:
