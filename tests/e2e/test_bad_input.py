@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import OnRanks
-from tests.e2e.commands import contents, run_job
+from tests.e2e.commands import contents, run_command, run_job
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,7 +29,7 @@ def assert_refused(on_ranks: OnRanks, job: str, words: list[str], *parts: str) -
     ("change", "parts"),
     [
         (["model=tinny"], ["model=tinny is not a preset; did you mean tiny?"]),
-        (["model.vocab_size=256"], ["has 512 ids, more than model.vocab_size=256; set"]),
+        (["model.vocab_size=510"], ["has 512 ids, more than model.vocab_size=510; set"]),
         (
             ["data.domains.code.path={corpus}/crumb"],
             ["crumb.bin has", "fewer than train.seq_length + 1 = 65; shorten the rows or"],
@@ -121,18 +121,17 @@ def test_a_run_folder_of_another_model_is_refused(
     assert contents(run_dir) == before
 
 
-def test_a_run_folder_on_other_data_is_refused(
+def test_a_run_folder_on_other_data_is_refused_by_all_ranks(
     trained: Path, corpus: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     before = contents(run_dir)
-    swapped = f"data.domains.code.path={corpus}/math"
-    words = [*training, f"run_dir={run_dir}", "train.stop_after_step=8", swapped]
-    outcome = run_job(on_ranks, 1, "pretrain", words)
-    assert outcome.status == 2
-    assert outcome.stderr.splitlines()[-1].startswith("error: ")
-    assert f"run_dir={run_dir} was started on other data" in outcome.stderr
+    words = [*training, "parallel=ep2", f"run_dir={run_dir}"]
+    words.append(f"data.domains.code.path={corpus}/math")
+    for outcome in on_ranks(2, run_command, "ring_train.jobs.pretrain", words):
+        assert outcome.status == 2
+        assert outcome.stderr.splitlines()[-1].startswith(f"error: run_dir={run_dir} was started")
     assert contents(run_dir) == before
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,15 @@ def short_run(shared: Path, training: list[str], on_ranks: OnRanks, tmp_path: Pa
     return tmp_path / "run"
 
 
-def test_a_run_on_two_ranks_comes_out_bit_equal(
-    trained: Path, on_ranks: OnRanks, tmp_path: Path
+def test_under_torchrun_a_run_on_two_ranks_comes_out_bit_equal(
+    trained: Path, tmp_path: Path
 ) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [f"run={trained}", f"run_dir={tmp_path}/again"]
-    outcome = succeed(on_ranks, 2, "reproduce", words)
-    assert outcome.stdout.endswith("/again: bit-equal\n")
+    command = [sys.executable, "-m", *torchrun, "-m", "ring_train.jobs.reproduce", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{trained} and {tmp_path}/again: bit-equal\n"
     again = (tmp_path / "again" / "metrics.jsonl").read_bytes()
     assert again == (trained / "metrics.jsonl").read_bytes()
 
