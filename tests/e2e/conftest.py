@@ -30,7 +30,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared
 
 
-def made_once(folder: Path, make: Callable[[], None]) -> Path:
+def made_once(folder: Path, make: Callable[[], object]) -> Path:
     """Return a folder that `make` has filled, in this worker or in another."""
     done = folder.with_name(f"{folder.name}.done")
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
@@ -115,7 +115,7 @@ def trained(shared: Path, training: list[str], on_ranks: OnRanks) -> Path:
     """The folder of an uninterrupted run on two ranks that share the experts."""
     folder = shared / "whole"
     words = [*training, "parallel=ep2", f"run_dir={folder}"]
-    return made_once(folder, lambda: succeed(on_ranks, 2, "pretrain", words) and None)
+    return made_once(folder, lambda: succeed(on_ranks, 2, "pretrain", words))
 
 
 @pytest.fixture
@@ -123,4 +123,4 @@ def exported(shared: Path, trained: Path, on_ranks: OnRanks) -> Path:
     """The fp32 export of that run."""
     folder = shared / "export"
     words = [f"checkpoint={trained}", f"output={folder}", "precision=fp32"]
-    return made_once(folder, lambda: succeed(on_ranks, 1, "export", words) and None)
+    return made_once(folder, lambda: succeed(on_ranks, 1, "export", words))

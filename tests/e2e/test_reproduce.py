@@ -18,7 +18,7 @@ def short_run(shared: Path, training: list[str], on_ranks: OnRanks, tmp_path: Pa
     """The folder of two steps on one rank, for a test to damage."""
     folder = shared / "short"
     words = [*training, "train.stop_after_step=2", f"run_dir={folder}"]
-    made_once(folder, lambda: succeed(on_ranks, 1, "pretrain", words) and None)
+    made_once(folder, lambda: succeed(on_ranks, 1, "pretrain", words))
     shutil.copytree(folder, tmp_path / "run")
     return tmp_path / "run"
 
