@@ -5,8 +5,14 @@ megatron-core for the life of the process (see `cpu.py`; where CUDA is available
 the queue of the checkpoint writers everywhere (see `checkpoint_queue.py`).
 """
 
-from ring_train.platform import checkpoint_queue
-from ring_train.platform.cpu import install
+import warnings
+
+# Both come at every import of a part of megatron-core that nothing here uses.
+warnings.filterwarnings("ignore", message="Apex is not installed")
+warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+
+from ring_train.platform import checkpoint_queue  # noqa: E402  (after the filters)
+from ring_train.platform.cpu import install  # noqa: E402  (after the filters)
 
 IS_CPU = install()
 """True where this process has no CUDA device and runs megatron-core on the CPU and gloo."""
