@@ -91,6 +91,21 @@ def test_precision_and_checkpoint_can_be_chosen(
         assert torch.equal(tensor, full[name].to(wanted)), name
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_a_folder_through_a_sharded_checkpoint_is_the_same_folder(
+    layout: str, exported: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "out"
+    # A step too small to change a weight, and none for the biases of experts.
+    standstill = ["optim.lr=1e-30", "optim.min_lr=0", "model.moe_router_bias_update_rate=0"]
+    words = [*training, *standstill, f"parallel={layout}", f"init_from={exported}"]
+    words += [f"run_dir={run_dir}", "train.stop_after_step=1"]
+    succeed(on_ranks, 2, "pretrain", words)
+    words = [f"checkpoint={run_dir}", f"output={output}", "precision=fp32"]
+    succeed(on_ranks, 1, "export", words)
+    assert contents(output) == contents(exported)
+
+
 def test_a_rule_that_contradicts_the_checkpoint_is_refused(
     trained: Path, on_ranks: OnRanks, tmp_path: Path
 ) -> None:
