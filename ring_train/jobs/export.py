@@ -5,7 +5,6 @@ run folder, which stands for its newest complete checkpoint. One process, whatev
 """
 
 import dataclasses
-import logging
 import sys
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from ring_train.config import (
 from ring_train.errors import UserError
 from ring_train.plan import Plan, make_plan
 from ring_train.runtime.errors import run_job
-
-logger = logging.getLogger(__name__)
 
 
 def main(overrides: list[str]) -> None:
@@ -110,7 +107,7 @@ def export(plan: Plan, folder: Path, config: ExportConfig) -> None:
             precision=config.precision,
             tokenizer_dir=plan.config.data.tokenizer,
         )
-        logger.info("exported %s to %s", folder, config.output)
+    sys.stdout.write(f"exported {folder} to {config.output}\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def test_precision_and_checkpoint_can_be_chosen(
     from safetensors.torch import load_file
 
     step = trained / "checkpoints" / "step_00000008"
-    succeed(on_ranks, 1, "export", [f"checkpoint={step}", f"output={tmp_path}/bf16"])
+    outcome = succeed(on_ranks, 1, "export", [f"checkpoint={step}", f"output={tmp_path}/bf16"])
+    assert outcome.stdout == f"exported {step} to {tmp_path}/bf16\n"
     config = json.loads((tmp_path / "bf16" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     (half,), (full,) = (
