@@ -6,19 +6,23 @@ from ring_train.data.batch import Batch, pack_documents
 from ring_train.plan import Plan
 
 
-def make_micro_batches(plan: Plan, step: int, dp_rank: int) -> list[Batch]:
+def make_micro_batches(
+    plan: Plan, step: int, dp_rank: int, *, pad_to_multiple: int = 1
+) -> list[Batch]:
     """Return the micro batches of one data-parallel rank, by global sample index."""
     shape, dp = plan.batch, plan.mesh.dp
     batches = []
     for index in range(shape.num_micro_batches):
         first = step * shape.global_batch_size + (index * dp + dp_rank) * shape.micro_batch_size
         rows = range(first, first + shape.micro_batch_size)
-        documents = [part for row in rows for part in _documents(row, shape.seq_length)]
-        batches.append(pack_documents(documents, num_mtp=plan.layers.num_mtp, pad_to_multiple=1))
+        documents = [part for row in rows for part in documents_of(row, shape.seq_length)]
+        batches.append(
+            pack_documents(documents, num_mtp=plan.layers.num_mtp, pad_to_multiple=pad_to_multiple)
+        )
     return batches
 
 
-def _documents(row: int, length: int) -> list[list[int]]:
+def documents_of(row: int, length: int) -> list[list[int]]:
     """Return two documents of arithmetic progressions that fill a row, cut at an odd place."""
     generator = torch.Generator().manual_seed(row)
     cut = int(torch.randint(3, length - 3, (), generator=generator))
