@@ -5,7 +5,7 @@ differ by up to 2e-5, because the group norm of lightning attention is ill-condi
 token of a document. Gradients are still accumulated in fp32 and the cross-entropy is fp32.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -52,13 +52,13 @@ def fp64(warm_megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, object]:
+def found() -> dict[str, Any]:
     return {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_of_two_mtp_depths_match_one_rank(
-    layout: str, found: dict[str, object], fp64: None, on_ranks: OnRanks
+    layout: str, found: dict[str, Any], fp64: None, on_ranks: OnRanks
 ) -> None:
     if not found:
         found.update(on_ranks(1, gradients_by_name, TWO_DEPTHS)[0])
