@@ -184,8 +184,9 @@ def _load(template: dict[str, Any], folder: Path) -> dict[str, Any]:
         loaded: Any = dist_checkpointing.load(template, str(folder), validate_access_integrity=True)
     except Exception as error:
         raise CheckpointError(
-            f"{folder}: megatron could not load it ({type(error).__name__}: {error}); "
-            "the checkpoint is damaged or of another model"
+            f"{folder}: megatron could not load it ({type(error).__name__}: {error}); it is "
+            "damaged, or its optimizer state was saved under another layout: resume with the "
+            f"parallel sizes of {folder / CONFIG_FILE}, or start a new run_dir with init_from"
         ) from error
     return loaded
 
