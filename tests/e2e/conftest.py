@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,3 +125,13 @@ def exported(shared: Path, trained: Path, on_ranks: OnRanks) -> Path:
     folder = shared / "export"
     words = [f"checkpoint={trained}", f"output={folder}", "precision=fp32"]
     return made_once(folder, lambda: succeed(on_ranks, 1, "export", words))
+
+
+@pytest.fixture
+def short_run(shared: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path) -> Path:
+    """The folder of two steps on one rank, for a test to damage."""
+    folder = shared / "short"
+    words = [*training, "train.stop_after_step=2", f"run_dir={folder}"]
+    made_once(folder, lambda: succeed(on_ranks, 1, "pretrain", words))
+    shutil.copytree(folder, tmp_path / "run")
+    return tmp_path / "run"

@@ -6,21 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import OnRanks
-from tests.e2e.commands import contents, run_job, succeed
-from tests.e2e.conftest import made_once
-
-
-@pytest.fixture
-def short_run(shared: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path) -> Path:
-    """The folder of two steps on one rank, for a test to damage."""
-    folder = shared / "short"
-    words = [*training, "train.stop_after_step=2", f"run_dir={folder}"]
-    made_once(folder, lambda: succeed(on_ranks, 1, "pretrain", words))
-    shutil.copytree(folder, tmp_path / "run")
-    return tmp_path / "run"
+from tests.e2e.commands import contents, run_job
 
 
 def test_under_torchrun_a_run_on_two_ranks_comes_out_bit_equal(

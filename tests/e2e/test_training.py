@@ -43,9 +43,19 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
     words = [*training, "parallel=ep2", f"run_dir={run_dir}"]
     succeed(on_ranks, 2, "pretrain", [*words, "train.stop_after_step=3"])
     assert len(records(run_dir / "metrics.jsonl")) == 3
-    succeed(on_ranks, 2, "pretrain", words)
+    outcome = succeed(on_ranks, 2, "pretrain", words)
+    assert "other values" not in outcome.stderr
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert (run_dir / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_a_run_that_goes_on_with_other_values_is_warned(
+    short_run: Path, training: list[str], on_ranks: OnRanks
+) -> None:
+    words = [*training, "train.stop_after_step=2", f"run_dir={short_run}"]
+    outcome = succeed(on_ranks, 1, "pretrain", [*words, "optim.weight_decay=0.3"])
+    warning = "resumes with other values, so reproduce will not repeat it: optim.weight_decay=0.3"
+    assert f"{warning} (recorded: 0.1)\n" in outcome.stderr
 
 
 def test_a_checkpoint_and_its_export_start_a_run_alike(
