@@ -52,7 +52,7 @@ def warm_megatron() -> None:
     import torch
     import torch._dynamo  # every optimizer imports it: better once here than in each rank
 
-    import ring_train.runtime  # noqa: F401
+    import ring_train.runtime.distributed  # noqa: F401
 
     torch.set_num_threads(1)
 

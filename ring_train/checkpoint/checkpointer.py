@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.identity import check_same_model
+from ring_train.checkpoint.identity import check_same_layout, check_same_model
 from ring_train.config import to_yaml
 from ring_train.plan import Plan
 
@@ -107,13 +107,15 @@ class Checkpointer:
         """Load the newest checkpoint of the run into model and optimizer, if there is one.
 
         Raises:
-            CheckpointError: the run folder belongs to another model.
+            CheckpointError: the run folder belongs to another model or was saved under another
+                layout, or the checkpoint is damaged.
         """
         steps = self.steps()
         if not steps:
             return TrainState()
         folder = self.path(steps[-1])
         check_same_model(folder / CONFIG_FILE, self.plan.config.model)
+        check_same_layout(folder / CONFIG_FILE, self.plan)
         state = TrainState(**json.loads((folder / STATE_FILE).read_text()))
         template = _model_state(model, self.groups)
         template["optimizer"] = optimizer.sharded_state_dict(
@@ -185,8 +187,7 @@ def _load(template: dict[str, Any], folder: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(
             f"{folder}: megatron could not load it ({type(error).__name__}: {error}); it is "
-            "damaged, or its optimizer state was saved under another layout: resume with the "
-            f"parallel sizes of {folder / CONFIG_FILE}, or start a new run_dir with init_from"
+            "damaged; remove it to resume from the one before"
         ) from error
     return loaded
 

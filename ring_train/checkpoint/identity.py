@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.config import ModelConfig, read_yaml
+from ring_train.config import ModelConfig, ParallelConfig, read_yaml
+from ring_train.plan import Plan
 
 MAY_DIFFER = frozenset(
     {
@@ -36,4 +37,23 @@ def check_same_model(config_file: Path, model: ModelConfig) -> None:
         raise CheckpointError(
             f"{config_file.parent}: checkpoint of another model: {'; '.join(differing)}; "
             "use the model of the checkpoint, or another run_dir"
+        )
+
+
+def check_same_layout(config_file: Path, plan: Plan) -> None:
+    """Raise CheckpointError, naming every differing key, unless the layouts are the same.
+
+    Weights load under any layout (`load_weights`); resharding optimizer state is not built yet.
+    """
+    saved, now = read_yaml(config_file).parallel, plan.config.parallel
+    differing = [
+        f"parallel.{f.name}={getattr(now, f.name)} (checkpoint: {getattr(saved, f.name)})"
+        for f in fields(ParallelConfig)
+        if getattr(saved, f.name) != getattr(now, f.name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{config_file.parent}: saved under another layout: {'; '.join(differing)}; resume "
+            "with the parallel sizes of the checkpoint, or start in a new run_dir with "
+            f"init_from={config_file.parent}"
         )

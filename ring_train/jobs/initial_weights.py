@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ring_train.checkpoint import CheckpointError, load_weights
+from ring_train.checkpoint.identity import MAY_DIFFER
+from ring_train.config import ModelConfig
+from ring_train.hf.config import read_model_config
+from ring_train.hf.errors import HfError
 from ring_train.hf.weights import load_hf_weights
+from ring_train.hf.writer import expressible_fields
 from ring_train.plan import Plan
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ def load_initial_weights(
         return
     folder = Path(plan.config.init_from)
     if (folder / "config.json").exists():
+        stored = read_model_config(folder, plan.config.decay_layer_rule)
+        check_same_folder_model(folder, stored, plan.config.model)
         load_hf_weights(folder, plan.config.model, model)
     elif folder.is_dir():
         load_weights(folder, model, plan, groups)
@@ -33,4 +40,19 @@ def load_initial_weights(
         raise CheckpointError(
             f"init_from={folder} is neither a checkpoint nor a Hugging Face folder; "
             "name RUN_DIR/checkpoints/step_00000100 or a folder with config.json"
+        )
+
+
+def check_same_folder_model(folder: Path, stored: ModelConfig, model: ModelConfig) -> None:
+    """Raise HfError, naming every differing key, unless a folder's weights mean this model."""
+    theirs, ours = expressible_fields(stored), expressible_fields(model)
+    differing = [
+        f"model.{name}={ours.get(name)} (folder: {theirs.get(name)})"
+        for name in sorted((ours.keys() | theirs.keys()) - MAY_DIFFER)
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise HfError(
+            f"init_from={folder} holds another model: {'; '.join(differing)}; "
+            "use the model of the folder"
         )

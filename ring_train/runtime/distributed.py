@@ -1,5 +1,9 @@
 """Process groups. The only file that touches megatron-core's global `parallel_state`."""
 
+import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
+
+# isort: split
+
 import contextlib
 import dataclasses
 import os

@@ -70,6 +70,7 @@ def score_rows(
     return result
 
 
+@torch.no_grad()
 def token_losses(
     model: list[DistributedDataParallel], rows: Sequence[Batch], groups: ProcessGroupCollection
 ) -> list[torch.Tensor]:

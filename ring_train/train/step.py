@@ -115,15 +115,17 @@ def forward_backward(
     iterators = [iter(micro_batches) for _ in model]
     chunks: list[torch.nn.Module] = [*model]
     single = len(model) == 1
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators[0] if single else iterators,
-        model=chunks[0] if single else chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=len(micro_batches[0].tokens),
-        micro_batch_size=1,
-        forward_only=loss_weights is None,
-    )
+    forward_only = loss_weights is None
+    with torch.set_grad_enabled(not forward_only):  # megatron's forward_only records a graph
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=chunks[0] if single else chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=len(micro_batches[0].tokens),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
     return _reduce(reports, num_domains, len(counts) - 1, groups, counts.device)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import OnRanks
-from tests.e2e.commands import contents, run_command, run_job
+from tests.e2e.commands import contents, run_command, run_job, succeed
 
 Tensors = dict[str, torch.Tensor]
 
@@ -107,6 +107,23 @@ def test_a_folder_with_a_wrong_tensor_starts_no_run_and_is_not_scored(
     assert_refused(on_ranks, "score", words, str(folder), problem)
     assert output.read_text() == "from before"
     assert contents(folder) == before
+
+
+def test_a_folder_that_does_not_say_its_decay_rule_needs_one(
+    exported: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mute"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["decay_layer_rule"]
+    (folder / "config.json").write_text(json.dumps(config))
+    words = [*training, "train.stop_after_step=1", f"run_dir={tmp_path}/run"]
+    words.append(f"init_from={folder}")
+    assert_refused(on_ranks, "pretrain", words, "has no decay_layer_rule")
+    other = "model.decay_layer_rule=zero_based (folder: shifted)"
+    assert_refused(on_ranks, "pretrain", [*words, "decay_layer_rule=shifted"], other)
+    assert not (tmp_path / "run").exists()
+    succeed(on_ranks, 1, "pretrain", [*words, "decay_layer_rule=zero_based"])
 
 
 def test_a_run_folder_of_another_model_is_refused(

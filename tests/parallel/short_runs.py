@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ring_train.data.batch import Batch
-    from ring_train.runtime import Groups
+    from ring_train.runtime.distributed import Groups
 
     Tensors = Mapping[str, torch.Tensor]
 
@@ -76,7 +76,7 @@ def gradients_by_name(
     from ring_train.model.build import build_model
     from ring_train.model.router import routers
     from ring_train.model.tensors import local_tensors
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import attach_schedule_callbacks
     from ring_train.train.step import forward_backward
     from tests.parallel.streams import make_micro_batches

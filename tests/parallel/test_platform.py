@@ -30,7 +30,7 @@ def assert_column_parallel_equals_dense() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     with start_runtime(make_plan(2, tp=2)) as groups:
         config = TransformerConfig(
@@ -122,7 +122,7 @@ def resume_in_place(optimizer: Any) -> None:
 
 
 def assert_distributed_optimizer_equals_adamw() -> None:
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     with start_runtime(make_plan(2)) as groups:
         model, optimizer, dense = build_sharded_linear(groups)
@@ -149,7 +149,7 @@ def assert_expert_parallel_equals_dense() -> None:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     num_experts, h, f = 4, 8, 6
     with start_runtime(make_plan(2, ep=2)) as groups:
@@ -204,7 +204,7 @@ def test_expert_parallel_equals_dense(on_ranks: OnRanks) -> None:
 def random_states_of_rank() -> list[list[float]]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     with start_runtime(make_plan(2, tp=2)):
         shared = torch.rand(3, device="cuda")

@@ -35,7 +35,7 @@ def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, str]:
     """
     from ring_train.checkpoint import Checkpointer
     from ring_train.model.build import build_model
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
     from ring_train.train.loop import Trainer
     from ring_train.train.optimizer import build_optimizer
 

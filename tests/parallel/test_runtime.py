@@ -20,7 +20,7 @@ def make_plan(world_size: int, **degrees: int) -> Any:
 
 
 def places(degrees: dict[str, int]) -> tuple[int, ...]:
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     with start_runtime(make_plan(4, **degrees)) as groups:
         total = torch.ones(1)
@@ -44,7 +44,7 @@ def test_ranks_have_their_place_in_the_mesh(
 
 
 def two_layouts_one_after_the_other() -> list[int]:
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     ranks = []
     for degrees in ({"tp": 2}, {"pp": 2}, {}):
@@ -62,7 +62,8 @@ def test_one_world_serves_several_layouts(on_ranks: OnRanks) -> None:
 def job_that_fails(port: int, only_rank: int | None) -> tuple[int, str]:
     """Leave the fixture's world and be a rank of torchrun's, whose agent hosts the store."""
     from ring_train.errors import UserError
-    from ring_train.runtime import run_job, start_runtime
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.runtime.errors import run_job
 
     rank = dist.get_rank()
     dist.destroy_process_group()

@@ -106,7 +106,7 @@ def test_resume_at_pp2_is_bit_equal(on_ranks: OnRanks, tmp_path: Path) -> None:
 
 def count_parameters() -> int:
     from ring_train.model.build import build_model
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
     from tests.parallel.short_runs import short_plan, weights_by_name
 
     plan = short_plan(MIXERS)

@@ -41,7 +41,7 @@ def train(overrides: list[str], num_steps: int) -> dict[str, list[float]]:
     """Return the losses, gradient norms and the smallest routing margin of a short run."""
     from ring_train.model.build import build_model
     from ring_train.model.router import routers
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
     from ring_train.train.step import train_step
     from tests.parallel.streams import make_micro_batches

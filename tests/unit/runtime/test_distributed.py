@@ -16,7 +16,7 @@ def make_plan(world_size: int) -> Any:
 
 
 def test_one_process_starts_and_stops_by_itself_again_and_again() -> None:
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     for _ in range(2):
         with start_runtime(make_plan(1)) as groups:
@@ -32,7 +32,7 @@ def test_everything_stops_when_the_body_raises() -> None:
     from megatron.core import parallel_state
 
     from ring_train.errors import UserError
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     with pytest.raises(UserError, match="bad shard") as caught, start_runtime(make_plan(1)):
         raise UserError("bad shard")
@@ -43,7 +43,7 @@ def test_everything_stops_when_the_body_raises() -> None:
 
 def test_another_number_of_processes_than_planned_is_refused() -> None:
     from ring_train.errors import UserError
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     with (
         pytest.raises(UserError, match=r"1 process.*made for 8.*--nproc-per-node 8"),

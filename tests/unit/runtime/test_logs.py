@@ -15,7 +15,7 @@ def _restored_loggers() -> Iterator[None]:
 
 
 def lines_of(rank: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    from ring_train.runtime import start_logs
+    from ring_train.runtime.logs import start_logs
 
     start_logs(7)  # a later call replaces an earlier one
     start_logs(rank)
@@ -41,7 +41,7 @@ def test_rank_0_tells_everything_and_other_ranks_only_our_warnings(
 def test_the_bar_is_shown_where_it_is_wanted(
     wanted: bool | None, rank: int, shown: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ring_train.runtime import progress_bar
+    from ring_train.runtime.logs import progress_bar
 
     with progress_bar(first_step=3, num_steps=10, wanted=wanted, rank=rank) as bar:
         bar.update()
