@@ -50,7 +50,7 @@ def precisions(overrides: list[str]) -> dict[str, Any]:
     from ring_train.model.build import build_model
     from ring_train.model.router import routers
     from ring_train.model.tensors import local_tensors
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
     from ring_train.train.step import train_step
     from tests.parallel.streams import make_micro_batches

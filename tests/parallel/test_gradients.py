@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ring_train.config import Precision
 from tests.conftest import OnRanks
 from tests.parallel.short_runs import (
     EP2,
@@ -41,16 +40,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def fp64(warm_megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model computes in fp64 where the config says fp32, in this process and its forks."""
-    import torch
-
-    from ring_train.plan import megatron
-
-    monkeypatch.setitem(megatron.DTYPES, Precision.fp32, torch.float64)
-
-
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     return {}
@@ -80,7 +69,7 @@ def test_losses_and_gradients_of_two_mtp_depths_match_one_rank(
 def initial_weights(layouts: list[list[str]]) -> list[dict[str, "torch.Tensor"]]:
     """Return the initial weights of each layout."""
     from ring_train.model.build import build_model
-    from ring_train.runtime import start_runtime
+    from ring_train.runtime.distributed import start_runtime
 
     weights = []
     for overrides in layouts:
