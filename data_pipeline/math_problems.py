@@ -65,24 +65,24 @@ def solve_problem(operands: tuple[int, ...], signs: tuple[str, ...]) -> Problem:
 def parse_math_line(line: str) -> Problem | None:
     """Return the problem a line states if it has the generated format exactly, else None.
 
-    The format is the grammar above and one table of the right sign per operation. The digits may be
-    wrong: `is_correct` judges those. A trailing newline is allowed.
+    The format is the grammar above and one table per operation. Signs and digits of the tables and
+    the answer may be wrong: `is_correct` judges those. A trailing newline is allowed.
     """
     match = _LINE.fullmatch(line.removesuffix("\n"))
     if match is None:
         return None
     words = match["prompt"].split(" ")
     signs = tuple(words[1::2])
-    table_signs = tuple(table[1] for table in match["chain"].split(" "))
-    if table_signs != signs:
+    if len(match["chain"].split(" ")) != len(signs):
         return None
     operands = tuple(int(word) for word in words[0::2])
     return Problem(operands, signs, match["chain"], int(match["answer"]))
 
 
 def is_correct(problem: Problem) -> bool:
-    """Return whether the boxed answer is the true result."""
-    return problem.answer == problem.value()
+    """Return whether the tables have the signs of the problem and the answer is the true result."""
+    table_signs = tuple(table[1] for table in problem.chain.split(" "))
+    return table_signs == problem.signs and problem.answer == problem.value()
 
 
 def problem_key(problem: Problem) -> str:

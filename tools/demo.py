@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ DOMAINS = ("code", "math", "prose")
 NUM_RANKS = 2
 VOCAB_SIZE = 2048
 NUM_SAMPLES = 50
+TOP_P = 0.9
 PROMPTS = ("def __init__(self, ", "The function returns ", "Compute 27 + 45 - 13.")
 
 
@@ -27,6 +29,9 @@ def main() -> None:
     started = time.monotonic()
     os.chdir(Path(__file__).resolve().parents[1])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # transformers warns of the released spelling of rope keys at every load.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    warnings.simplefilter("ignore", FutureWarning)
     build_data()
     train()
     export()
@@ -117,16 +122,19 @@ def compare_with_baselines() -> dict[str, dict[str, float]]:
 
 
 def sample_math() -> dict[str, float]:
-    """Sample math lines from the export at temperature 1; return how many parse and are right."""
+    """Sample math lines from the export (temperature 1, top-p); return how many parse, are right."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     from data_pipeline.math_problems import is_correct, parse_math_line
 
     step(f"{NUM_SAMPLES} sampled math lines")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(EXPORT)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(EXPORT)
     model = AutoModelForCausalLM.from_pretrained(
         EXPORT, trust_remote_code=True, dtype=torch.float32
     )
@@ -136,6 +144,7 @@ def sample_math() -> dict[str, float]:
         attention_mask=torch.ones_like(ids),
         do_sample=True,
         temperature=1.0,
+        top_p=TOP_P,
         top_k=0,
         max_new_tokens=160,
     )
@@ -145,7 +154,7 @@ def sample_math() -> dict[str, float]:
     correct = sum(is_correct(problem) for problem in parsed)
     say("\n".join(lines[:5]))
     say(f"{len(parsed)} of {NUM_SAMPLES} parse as the generated format, {correct} are right")
-    return {"samples": NUM_SAMPLES, "parsed": len(parsed), "correct": correct}
+    return {"samples": NUM_SAMPLES, "top_p": TOP_P, "parsed": len(parsed), "correct": correct}
 
 
 def run(module: str, *arguments: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,13 @@ def _unwrap(chunk: torch.nn.Module) -> MegatronModule:
 
 
 def _load(template: dict[str, Any], folder: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # torch warns of a single process and of megatron's use of ShardedTensor; both are meant.
+        warnings.simplefilter("ignore")
+        return _load_quietly(template, folder)
+
+
+def _load_quietly(template: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         loaded: Any = dist_checkpointing.load(template, str(folder), validate_access_integrity=True)
     except Exception as error:

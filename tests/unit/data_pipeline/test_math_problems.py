@@ -72,7 +72,6 @@ def test_the_rows_of_a_chain_follow_from_each_other(
         WORKED.replace("9+1=10+0=10;", "9+1=10+0=1;"),
         WORKED.replace("9+1=10+0=10;", "9+1=10-0=10;"),
         WORKED.replace(" - 7", ""),
-        WORKED.replace("21 - 7", "21 + 7"),
         WORKED.replace("{43}", "{}"),
         WORKED.replace("{43}", "{-43}"),
         WORKED.replace("29", "2\u0669"),
@@ -100,3 +99,10 @@ def test_no_problem_is_generated_twice_and_the_held_out_fraction_is_kept() -> No
     problems = list(itertools.islice(generate_problems(seed=0), 4000))
     assert len({problem_key(problem) for problem in problems}) == 4000
     assert 0.08 < sum(is_held_out(problem, fraction=0.1) for problem in problems) / 4000 < 0.12
+
+
+def test_a_table_of_another_sign_parses_and_is_wrong() -> None:
+    problem = parse_math_line(WORKED.replace("21 - 7", "21 + 7").replace("{43}", "{57}"))
+    assert problem is not None
+    assert problem.answer == problem.value()
+    assert not is_correct(problem)
