@@ -122,7 +122,7 @@ def compare_with_baselines() -> dict[str, dict[str, float]]:
 
 
 def sample_math() -> dict[str, float]:
-    """Sample math lines from the export (temperature 1, top-p); return how many parse, are right."""
+    """Sample math lines from the export; return how many parse and how many are right."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
