@@ -21,6 +21,8 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
         span = max(num_steps - optim.lr_warmup_steps, 1)
         fraction = min((step - optim.lr_warmup_steps + 1) / span, 1.0)
         return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
+    if not optim.wsd_decay_steps:
+        return optim.lr
     remaining = num_steps - step - 1
-    decay = max(optim.wsd_decay_steps, 1)
-    return optim.min_lr + (optim.lr - optim.min_lr) * min(max(remaining / decay, 0.0), 1.0)
+    fraction = min(max(remaining / optim.wsd_decay_steps, 0.0), 1.0)
+    return optim.min_lr + (optim.lr - optim.min_lr) * fraction
