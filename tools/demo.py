@@ -132,7 +132,6 @@ def sample_math() -> dict[str, float]:
     step(f"{NUM_SAMPLES} sampled math lines")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EXPORT)
     model = AutoModelForCausalLM.from_pretrained(
