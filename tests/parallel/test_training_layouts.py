@@ -26,13 +26,12 @@ LAYOUTS = {
     "pp2": (2, PP2),
     "ep2": (2, EP2),
     "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
+}
+COMBINED_LAYOUTS = {
     "tp2_ep2": (2, [*TP2, *EP2]),
     "tp2_pp2": (4, [*TP2, *PP2]),
     "pp2_ep2_dp2_distributed_optimizer": (4, [*PP2, *EP2, *DISTRIBUTED_OPTIMIZER]),
 }
-
-
-COMBINED_LAYOUTS = {}
 COMBINED_STEPS = 5
 """Enough to see an error; four ranks share two cores."""
 
