@@ -4,9 +4,11 @@ Unusual: ranks are forks of the pytest process, which has imported torch and meg
 a test on two ranks costs about a second. Only tests that ask for `on_ranks` pay for that import.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -44,6 +46,14 @@ class OnRanks(Protocol):
 
 class RankError(AssertionError):
     """A rank raised, died or ran out of time."""
+
+
+class RankTimeout(RankError):
+    """Ranks ran out of time."""
+
+    def __init__(self, ranks: list[int], message: str) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +103,12 @@ def _run_ranks(num_ranks: int, store: Path, body: Callable[[], Any], timeout_s: 
         processes.append(process)
     try:
         return _collect(connections, timeout_s)
+    except RankTimeout as error:
+        for rank in error.ranks:
+            os.kill(processes[rank].pid or 0, signal.SIGUSR1)
+        time.sleep(GRACE_S)
+        stacks = [_stack_file(store, rank).read_text() for rank in error.ranks]
+        raise RankError("\n".join([str(error), *stacks])) from None
     finally:
         # Ranks live until all are heard: one that left early would tear its peers' connections.
         for process in processes:
@@ -124,7 +140,9 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
         raise RankError("\n".join(failures))
     if waiting:
         ranks = sorted(waiting.values())
-        raise RankError(f"ranks {ranks} of {len(connections)} not finished after {timeout_s:.0f} s")
+        raise RankTimeout(
+            ranks, f"ranks {ranks} of {len(connections)} not finished after {timeout_s:.0f} s"
+        )
     return [results[rank] for rank in range(len(connections))]
 
 
@@ -139,6 +157,8 @@ def _child(
     rank: int, num_ranks: int, store: Path, body: Callable[[], Any], connection: Connection
 ) -> None:
     """Run one rank, tell the result and wait to be killed: no teardown or atexit of the parent."""
+    stacks = _stack_file(store, rank).open("w")
+    faulthandler.register(signal.SIGUSR1, stacks)
     try:
         payload = pickle.dumps((True, _run_in_world(rank, num_ranks, store, body)))
     except BaseException:
@@ -150,6 +170,11 @@ def _child(
         connection.recv_bytes()
     finally:
         os._exit(1)
+
+
+def _stack_file(store: Path, rank: int) -> Path:
+    """Return where a rank writes the stacks of its threads on SIGUSR1."""
+    return store.with_name(f"{store.name}_stacks_{rank}")
 
 
 def _run_in_world(rank: int, num_ranks: int, store: Path, body: Callable[[], Any]) -> Any:

@@ -74,7 +74,7 @@ def start_runtime(plan: "Plan") -> Iterator[Groups]:
         error.rank = dist.get_rank()
         raise
     finally:
-        parallel_state.destroy_model_parallel()
+        _forget_groups()
         if owned:
             dist.destroy_process_group()
 
@@ -130,6 +130,18 @@ def _make_groups(plan: "Plan") -> Groups:
         cp_rank=collection.cp.rank(),
         dp_rank=collection.dp.rank(),
     )
+
+
+def _forget_groups() -> None:
+    """Drop every process group that megatron's globals hold.
+
+    megatron's own destroy_model_parallel leaves some. A gloo group that outlives its world waits
+    for its threads when it is freed at last, which in a fork of this process is for ever.
+    """
+    parallel_state.destroy_model_parallel()
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 def _is_first_to_fail() -> bool:

@@ -28,6 +28,17 @@ def test_one_process_starts_and_stops_by_itself_again_and_again() -> None:
         assert not dist.is_initialized()
 
 
+def test_no_group_stays_behind_to_hang_a_fork() -> None:
+    from megatron.core import parallel_state
+
+    from ring_train.runtime.distributed import start_runtime
+
+    with start_runtime(make_plan(1)):
+        pass
+    left = [name for name, v in vars(parallel_state).items() if isinstance(v, dist.ProcessGroup)]
+    assert left == []
+
+
 def test_everything_stops_when_the_body_raises() -> None:
     from megatron.core import parallel_state
 
