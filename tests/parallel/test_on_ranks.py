@@ -50,7 +50,8 @@ def hang_on_rank_0() -> None:
 
 
 def test_a_hanging_rank_is_killed_at_the_timeout(on_ranks: OnRanks) -> None:
-    with pytest.raises(AssertionError, match=r"(?s)\[0\] of 2 not finished after 2 s.*in hang_on_rank_0"):
+    message = r"(?s)\[0\] of 2 not finished after 2 s.*in hang_on_rank_0"
+    with pytest.raises(AssertionError, match=message):
         on_ranks(2, hang_on_rank_0, timeout_s=2.0)
 
 
