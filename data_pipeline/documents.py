@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.config import PipelineError
 
@@ -17,7 +18,11 @@ class Document:
     id: str
     """Unique within a corpus, e.g. `prose/asyncio/events.py`."""
     text: str
+    """Empty where `messages` hold the content."""
     domain: str
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
+    """Turns of a conversation, `{"role": ..., "content": ...}`; None for plain text."""
 
 
 def expand_glob(pattern: str) -> list[Path]:
@@ -51,7 +56,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8", newline="\n") as stream:
         for document in documents:
-            stream.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_record(document), ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
@@ -66,6 +71,13 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of the bytes of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _record(document: Document) -> dict[str, Any]:
+    """Return the fields of a document without the optional ones that are empty."""
+    return {
+        key: value for key, value in dataclasses.asdict(document).items() if value or key == "text"
+    }
 
 
 def _document(record: object, where: str) -> Document:
