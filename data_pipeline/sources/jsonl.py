@@ -1,0 +1,177 @@
+"""JSONL: plain files in byte ranges that any process can read alone; gz and zst as a stream.
+
+A range holds the lines that begin in it, so every line belongs to one range wherever it is cut.
+"""
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+import zstandard
+
+from data_pipeline.config import PipelineError
+from data_pipeline.sources.inputs import Input
+from data_pipeline.sources.records import Fault, Row, SourceOptions, row_of
+
+CHUNK_BYTES = 2**20
+ZST_CHUNK_BYTES = 2**16
+"""Of compressed input a step: what it unpacks to must fit in memory."""
+
+
+def read_range(
+    path: str, start: int, stop: int, options: SourceOptions
+) -> tuple[list[Row | Fault], int]:
+    """Return the rows and faults of the lines that begin in [start, stop), and their number."""
+    with Path(path).open("rb", buffering=0) as stream:
+        first = max(0, start - 1)
+        stream.seek(first)
+        data = _read_exactly(stream, stop - first)
+        if start:
+            newline = data.find(b"\n")
+            first += newline + 1
+            data = data[newline + 1 :] if newline >= 0 else b""
+        if not data or data.endswith(b"\n"):
+            return parse_lines(data, first, options)
+        line_start = data.rfind(b"\n") + 1
+        rest = _rest_of_line(stream, options.max_document_bytes - (len(data) - line_start))
+    if rest is not None:
+        return parse_lines(data + rest, first, options)
+    items, num_lines = parse_lines(data[:line_start], first, options)
+    items.append(_too_long(num_lines + 1, first + line_start, options))
+    return items, num_lines + 1
+
+
+def parse_lines(data: bytes, offset: int, options: SourceOptions) -> tuple[list[Row | Fault], int]:
+    """Return the rows and faults of whole lines, and how many lines there are.
+
+    Args:
+        data: lines, each but the last of a file ended by a newline.
+        offset: of `data` in its file, for messages.
+        options: keys and limits.
+    """
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    items: list[Row | Fault] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            at = offset + sum(len(before) + 1 for before in lines[: number - 1])
+            items.append(_bad_line(line, number, at, str(error)))
+            continue
+        if len(line) > options.max_document_bytes:
+            at = offset + sum(len(before) + 1 for before in lines[: number - 1])
+            items.append(_too_long(number, at, options))
+            continue
+        items.append(row_of(record, number, options))
+    return items, len(lines)
+
+
+def read_packed(
+    source: Input, options: SourceOptions, block_bytes: int
+) -> Iterator[tuple[bytes, int, list[Fault], int]]:
+    """Yield (whole lines, their offset, a fault after them, compressed bytes read) in order."""
+    pending = bytearray()
+    offset = position = 0
+    skipping = False
+    try:
+        for chunk, position in _unpacked(source):
+            cut = chunk.find(b"\n") + 1 if skipping else 0
+            if skipping and not cut:
+                offset += len(chunk)
+                continue
+            offset += cut
+            skipping = False
+            pending += memoryview(chunk)[cut:]
+            if len(pending) < block_bytes:
+                continue
+            end = pending.rfind(b"\n") + 1
+            skipping = len(pending) - end > options.max_document_bytes
+            if not end and not skipping:
+                continue
+            lines = bytes(pending[:end])
+            fault = _too_long(lines.count(b"\n") + 1, offset + end, options)
+            yield lines, offset, [fault] if skipping else [], position
+            offset += len(pending) if skipping else end
+            del pending[: len(pending) if skipping else end]
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        lines = bytes(pending[: pending.rfind(b"\n") + 1])
+        detail = f"(byte {offset + len(lines)} of what it unpacks to): {error}"
+        yield lines, offset, [Fault("truncated", lines.count(b"\n") + 1, detail)], position
+        return
+    if pending:
+        yield bytes(pending), offset, [], position
+
+
+def _unpacked(source: Input) -> Iterator[tuple[bytes, int]]:
+    """Yield (unpacked bytes, compressed bytes read so far)."""
+    unpack: Callable[[BinaryIO], Iterator[bytes]] = _ungzip if source.kind == "gz" else _unzst
+    try:
+        with Path(source.path).open("rb") as stream:
+            for chunk in unpack(stream):
+                yield chunk, stream.tell()
+    except OSError as error:
+        if isinstance(error, gzip.BadGzipFile):
+            raise
+        raise PipelineError(f"{source.path} cannot be read: {error}") from None
+
+
+def _ungzip(stream: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=stream) as unpacked:
+        while chunk := unpacked.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _unzst(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of all frames; zstandard's own reader takes a cut file for whole."""
+    frame = None
+    while chunk := stream.read(ZST_CHUNK_BYTES):
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            if data := frame.decompress(chunk):
+                yield data
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file ends within a frame")
+
+
+def _read_exactly(stream: BinaryIO, num_bytes: int) -> bytes:
+    """Return up to so many bytes: raw reads may return fewer than asked."""
+    parts = []
+    while num_bytes and (part := stream.read(num_bytes)):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _rest_of_line(stream: BinaryIO, max_bytes: int) -> bytes | None:
+    """Return the stream up to and with the next newline or its end; None beyond max_bytes."""
+    rest = bytearray()
+    while chunk := stream.read(CHUNK_BYTES):
+        newline = chunk.find(b"\n")
+        rest += chunk[: newline + 1] if newline >= 0 else chunk
+        if len(rest) > max_bytes:
+            return None
+        if newline >= 0:
+            break
+    return bytes(rest)
+
+
+def _too_long(number: int, offset: int, options: SourceOptions) -> Fault:
+    limit = options.max_document_bytes
+    return Fault("too_long", number, f"(byte {offset}) exceeds max_document_bytes={limit}")
+
+
+def _bad_line(line: bytes, number: int, offset: int, error: str) -> Fault:
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return Fault("invalid_utf8", number, f"(byte {offset + wrong.start}) is not UTF-8")
+    if 0 in line:
+        return Fault("nul", number, f"(byte {offset + line.index(0)}) has a NUL byte")
+    return Fault("invalid_json", number, f"(byte {offset}) is not JSON ({error})")
