@@ -51,7 +51,7 @@ def test_every_experiment_plans(experiment: str) -> None:
     [
         (group, preset)
         for group in groups()
-        if group not in ("model", "experiment")
+        if group not in ("model", "experiment", "curation")
         for preset in presets(group)
     ],
 )
