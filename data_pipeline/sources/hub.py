@@ -51,7 +51,8 @@ def _open(path: str, options: SourceOptions) -> Any:
         wanted = split or DEFAULT_SPLIT
         if wanted not in dataset:
             raise PipelineError(
-                f"input=hf:{path} has no split {wanted!r}; choose from {', '.join(map(str, dataset))}"
+                f"input=hf:{path} has no split {wanted!r}; "
+                f"choose from {', '.join(map(str, dataset))}"
             )
         dataset = dataset[wanted]
     columns = dataset.column_names or []

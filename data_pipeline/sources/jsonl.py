@@ -52,23 +52,27 @@ def parse_lines(data: bytes, offset: int, options: SourceOptions) -> tuple[list[
         offset: of `data` in its file, for messages.
         options: keys and limits.
     """
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    view = memoryview(data)
     items: list[Row | Fault] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            at = offset + sum(len(before) + 1 for before in lines[: number - 1])
-            items.append(_bad_line(line, number, at, str(error)))
-            continue
+    number = start = 0
+    while start < len(data):
+        number += 1
+        end = data.find(b"\n", start)
+        line = view[start : end if end >= 0 else len(data)]
         if len(line) > options.max_document_bytes:
-            at = offset + sum(len(before) + 1 for before in lines[: number - 1])
-            items.append(_too_long(number, at, options))
-            continue
-        items.append(row_of(record, number, options))
-    return items, len(lines)
+            items.append(_too_long(number, offset + start, options))
+        else:
+            items.append(_parse_line(line, number, offset + start, options))
+        start += len(line) + 1
+    return items, number
+
+
+def _parse_line(line: memoryview, number: int, offset: int, options: SourceOptions) -> Row | Fault:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return _bad_line(bytes(line), number, offset, str(error))
+    return row_of(record, number, options)
 
 
 def read_packed(

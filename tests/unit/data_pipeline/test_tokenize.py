@@ -94,9 +94,9 @@ def test_a_bad_line_stops_the_command_and_leaves_the_old_shard(
     run(folder, tmp_path / "shard")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     good = '{"id": "a", "text": "t", "domain": "d"}\n'
-    (tmp_path / "bad.txt").write_text(good * 100 + "{")
-    with pytest.raises(PipelineError, match=r"bad.txt:101 is not JSON"):
-        run(folder, tmp_path / "shard", input=f"{tmp_path}/bad.txt")
+    (tmp_path / "bad.jsonl").write_text(good * 100 + "{")
+    with pytest.raises(PipelineError, match=r"bad.jsonl:101 .*is not JSON"):
+        run(folder, tmp_path / "shard", input=f"{tmp_path}/bad.jsonl")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
@@ -131,7 +131,7 @@ def test_an_interrupted_write_leaves_no_index(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.shard_writer.write_json", interrupt)
+    monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_shard(tmp_path / "shard", [np.array([2, 999])], RECORD)
     assert not (tmp_path / "shard.idx").exists()

@@ -1,0 +1,1 @@
+"""The parts of `data_pipeline.tokenize`: encoders, workers, files, journal, progress."""
