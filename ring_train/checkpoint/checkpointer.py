@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class TrainState:
     """Completed optimizer steps."""
     consumed_samples: int = 0
     """Rows of the global sample stream that were trained on."""
+    ledger: dict[str, dict[str, int]] = field(default_factory=dict)
+    """{phase: {domain: tokens}} that were trained on."""
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    """What the samples of each phase depend on, see `ring_train.data.mixture`."""
 
 
 class Checkpointer:

@@ -18,6 +18,8 @@ MAY_DIFFER = frozenset(
         "moe_aux_loss_coeff",
         "mtp_loss_scaling_factor",
         "rotary_base",
+        "rotary_scaling_factor",
+        "original_max_position_embeddings",
         "max_position_embeddings",
         "megatron",
     }

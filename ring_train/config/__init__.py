@@ -4,6 +4,7 @@ from ring_train.config.choices import (
     Architecture,
     DecayLayerRule,
     LrDecayStyle,
+    Packing,
     Precision,
     ScoreFunction,
 )
@@ -12,11 +13,14 @@ from ring_train.config.data import DataConfig, DomainConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
+from ring_train.config.phases import BatchRampConfig, PhaseConfig
 from ring_train.config.root import (
     Config,
     DryRunConfig,
+    ExplainConfig,
     ExportConfig,
     GenerateConfig,
+    ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
 )
@@ -24,6 +28,7 @@ from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
 __all__ = [
     "Architecture",
+    "BatchRampConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -31,14 +36,18 @@ __all__ = [
     "DecayLayerRule",
     "DomainConfig",
     "DryRunConfig",
+    "ExplainConfig",
     "ExportConfig",
     "GenerateConfig",
     "LoggingConfig",
     "LrDecayStyle",
     "ModelConfig",
     "OptimConfig",
+    "Packing",
     "ParallelConfig",
+    "PhaseConfig",
     "Precision",
+    "ProveMixtureConfig",
     "ReproduceConfig",
     "ScoreConfig",
     "ScoreFunction",

@@ -41,6 +41,17 @@ class LrDecayStyle(StrEnum):
     """Stays at `lr`, then falls linearly to `min_lr` over the last `wsd_decay_steps` steps."""
 
 
+class Packing(StrEnum):
+    """How documents become rows."""
+
+    contiguous = auto()
+    """End to end; cut wherever a row ends."""
+    best_fit = auto()
+    """Whole documents with padding; only those longer than a row are cut."""
+    whole = auto()
+    """Whole documents with padding; longer ones are refused."""
+
+
 class Precision(StrEnum):
     """Dtype of weights and activations; master weights and moments are fp32 in both."""
 

@@ -21,8 +21,10 @@ from ring_train.config.keys import Found, lookup_key, nearest
 from ring_train.config.root import (
     Config,
     DryRunConfig,
+    ExplainConfig,
     ExportConfig,
     GenerateConfig,
+    ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
 )
@@ -33,6 +35,9 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 ROOTS: dict[str, type] = {
     "pretrain": Config,
     "dry_run": DryRunConfig,
+    "build_index": Config,
+    "explain": ExplainConfig,
+    "prove_mixture": ProveMixtureConfig,
     "score": ScoreConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,

@@ -45,6 +45,10 @@ class ModelConfig:
     rotary_percent: float
     """Fraction of a head's channels, from the first, that rotate."""
     rotary_base: float
+    rotary_scaling_factor: float = 1.0
+    """YaRN: how many times original_max_position_embeddings is stretched; 1 = not at all."""
+    original_max_position_embeddings: int | None = None
+    """Context that YaRN stretches, tokens; null = max_position_embeddings."""
 
     group_norm_size: int
     """Number of groups of the RMSNorm on the output of lightning attention."""

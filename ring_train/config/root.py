@@ -3,13 +3,14 @@
 Nested nodes have no default: the defaults list of the root's YAML chooses them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ring_train.config.choices import DecayLayerRule, Precision
 from ring_train.config.data import DataConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
+from ring_train.config.phases import PhaseConfig
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
 
@@ -26,6 +27,8 @@ class Config:
     logging: LoggingConfig
     run_dir: str
     """Folder of the run; the same folder resumes the run."""
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    """In order; empty = one phase of train.num_steps."""
     init_from: str | None = None
     """Checkpoint or Hugging Face folder with the initial weights; null = random."""
     seed: int = 1234
@@ -86,6 +89,28 @@ class GenerateConfig:
     """0 = greedy."""
     top_p: float = 1.0
     seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class ExplainConfig:
+    """Where a sample of a run comes from."""
+
+    run: str
+    """Run folder."""
+    sample: int
+    """Global index from 0."""
+    text: bool = False
+    """Also print the text."""
+
+
+@dataclass(kw_only=True)
+class ProveMixtureConfig:
+    """The ledgers of a run, computed again from its plan."""
+
+    run: str
+    """Run folder."""
+    sample: int | None = None
+    """Also the planned ledger after this many samples."""
 
 
 @dataclass(kw_only=True)

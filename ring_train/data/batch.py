@@ -23,7 +23,11 @@ class Row:
     domain: int
     """Index into the sorted domain names."""
     document_starts: np.ndarray
-    """Positions in 1..s where another document begins, ascending."""
+    """Positions in 1..s where another document begins, ascending; one where the padding begins."""
+    num_padding: int = 0
+    """Positions at the end, of the first s, that are not data."""
+    loss_mask: np.ndarray | None = None
+    """[s + 1] bool: tokens that are worth predicting; None for all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,10 @@ class Batch:
     """[depth, t] int64: the token k + 1 ahead; 0 where `mtp_loss_mask` is false."""
     mtp_loss_mask: Tensor
     """[depth, t] bool"""
+    padding_mask: Tensor
+    """[t] bool: not data. Padding is a document of its own and has no label."""
     num_padding: int
-    """Tokens at the end that are not data; they are a document of their own and have no label."""
+    """How many that are."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
@@ -78,33 +84,34 @@ def make_batch(
     b, s = tokens.shape[0], tokens.shape[1] - 1
     starts = np.zeros((b, s + 1), dtype=bool)
     starts[:, 0] = True
-    if document_isolation:
-        for row, row_starts in zip(rows, starts, strict=True):
+    real = np.arange(s + 1) < np.array([[_num_real(row, s)] for row in rows])  # [b, s + 1]
+    trained = real.copy()
+    for row, row_starts, row_trained in zip(rows, starts, trained, strict=True):
+        if document_isolation:
             row_starts[row.document_starts] = True
-    documents = np.cumsum(starts, axis=1)  # [b, s + 1], from 1 in every row
-    ahead = [_shifted(tokens, documents, k) for k in range(num_mtp + 2)]
+        if row.loss_mask is not None:
+            np.logical_and(row_trained, row.loss_mask, out=row_trained)
+    documents = np.cumsum(starts, axis=1) * real  # [b, s + 1], from 1 in every row, 0 = none
+    ahead = [_ahead(tokens, documents, trained, k) for k in range(1, num_mtp + 2)]
     padding = -(b * s) % pad_to_multiple
-    cu_seqlens = np.flatnonzero(starts[:, :s])
+    ends = [b * s, *[b * s + padding] * (padding > 0)]
     first = np.maximum.accumulate(np.where(starts[:, :s], np.arange(s), 0), axis=1)
+    domains = np.array([[row.domain] for row in rows], dtype=np.int16) * real[:, :s]
+    padding_mask = torch.cat([_flat(~real[:, :s], 0), torch.ones(padding, dtype=torch.bool)])
     return Batch(
         tokens=_flat(tokens[:, :s], padding),
-        labels=_flat(ahead[1][0], padding),
-        loss_mask=_flat(ahead[1][1], padding),
+        labels=_flat(ahead[0].labels, padding),
+        loss_mask=_flat(ahead[0].trained, padding),
         position_ids=torch.cat([_flat(np.arange(s) - first, 0), torch.arange(padding)]),
         cu_seqlens=torch.from_numpy(
-            np.concatenate([cu_seqlens, [b * s], [b * s + padding] * (padding > 0)]).astype(
-                np.int32
-            )
+            np.concatenate([np.flatnonzero(starts[:, :s]), ends]).astype(np.int32)
         ),
-        domains=_flat(
-            np.repeat([[row.domain] for row in rows], s, axis=1).astype(np.int16), padding
-        ),
-        mtp_tokens=_stacked([ahead[k][0] for k in range(1, num_mtp + 1)], b * s, padding),
-        mtp_labels=_stacked([ahead[k + 1][0] for k in range(1, num_mtp + 1)], b * s, padding),
-        mtp_loss_mask=_stacked(
-            [ahead[k + 1][1] for k in range(1, num_mtp + 1)], b * s, padding
-        ).bool(),
-        num_padding=padding,
+        domains=_flat(domains.astype(np.int16), padding),
+        mtp_tokens=_stacked([step.ids for step in ahead[:-1]], b * s, padding),
+        mtp_labels=_stacked([step.labels for step in ahead[1:]], b * s, padding),
+        mtp_loss_mask=_stacked([step.trained for step in ahead[1:]], b * s, padding).bool(),
+        padding_mask=padding_mask,
+        num_padding=int(padding_mask.sum()),
     )
 
 
@@ -126,14 +133,39 @@ def pack_documents(
     )
 
 
-def _shifted(tokens: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (ids [b, s], whether they exist [b, s]) of the token k ahead in the same document."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ahead:
+    """The token k positions ahead in the same document, each [b, s]."""
+
+    ids: np.ndarray
+    """0 where there is none."""
+    labels: np.ndarray
+    """0 where it is not trained."""
+    trained: np.ndarray
+
+
+def _num_real(row: Row, s: int) -> int:
+    """Return how many of the s + 1 tokens of a row are data."""
+    return s - row.num_padding if row.num_padding else s + 1
+
+
+def _ahead(tokens: np.ndarray, documents: np.ndarray, trained: np.ndarray, k: int) -> _Ahead:
+    """Return the tokens k ahead.
+
+    Args:
+        tokens: [b, s + 1]
+        documents: [b, s + 1] number of the document in its row; 0 for no data.
+        trained: [b, s + 1] bool: worth predicting.
+        k: from 1.
+    """
     b, s = tokens.shape[0], tokens.shape[1] - 1
-    ids, exists = np.zeros((b, s), dtype=np.int64), np.zeros((b, s), dtype=bool)
-    num = max(0, min(s, s + 1 - k))
-    exists[:, :num] = documents[:, k : k + num] == documents[:, :num]
-    ids[:, :num] = np.where(exists[:, :num], tokens[:, k : k + num], 0)
-    return ids, exists
+    ids, mask = np.zeros((b, s), dtype=np.int64), np.zeros((b, s), dtype=bool)
+    num = max(0, s + 1 - k)
+    here, there = documents[:, :num], documents[:, k : k + num]
+    exists = (here == there) & (there > 0)
+    ids[:, :num] = np.where(exists, tokens[:, k : k + num], 0)
+    mask[:, :num] = exists & trained[:, k : k + num]
+    return _Ahead(ids, np.where(mask, ids, 0), mask)
 
 
 def _flat(values: np.ndarray, padding: int) -> Tensor:

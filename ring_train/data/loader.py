@@ -1,15 +1,26 @@
 """Micro batches of a run, for training and validation."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
+from ring_train.config import DomainConfig, Packing
 from ring_train.data.batch import Batch, Row, make_batch
-from ring_train.data.blend import make_schedule
 from ring_train.data.errors import DataError
-from ring_train.data.samples import DomainStream, SampleStream, build_streams
+from ring_train.data.index import IndexFolder
+from ring_train.data.mixture import Mixture, check_mixture, mixture_record
+from ring_train.data.samples import (
+    ContiguousStream,
+    DomainStream,
+    PackedStream,
+    Selection,
+    read_row,
+)
 from ring_train.data.shards import Expected, Shard, open_shard
-from ring_train.plan import Plan
+from ring_train.plan import Phase, Plan
 
 VALIDATION_SEED = 0
 """Held-out documents keep one order in every run, so that losses can be compared."""
@@ -19,69 +30,99 @@ class Batches:
     """Where a run's tokens come from. Any micro batch can be asked for, in any order."""
 
     def __init__(
-        self, plan: Plan, samples: SampleStream, validation: dict[str, DomainStream]
+        self, plan: Plan, mixture: Mixture, shards: dict[str, Shard], held_out: HeldOut
     ) -> None:
-        self.plan, self.samples = plan, samples
-        self._validation = validation
+        self.plan, self.mixture, self.shards, self.held_out = plan, mixture, shards, held_out
         self.domains = tuple(sorted(plan.config.data.domains))
 
     def batch(self, step: int, micro_batch: int, dp_rank: int) -> Batch:
         """Return one micro batch of the training stream; all arguments count from 0."""
-        sizes, dp = self.plan.batch, self.plan.mesh.dp
-        first = (
-            step * sizes.global_batch_size + (micro_batch * dp + dp_rank) * sizes.micro_batch_size
-        )
-        return self._make(self.samples.row(first + j) for j in range(sizes.micro_batch_size))
+        at, dp = self.plan.at(step), self.plan.mesh.dp
+        size = at.phase.batch.micro_batch_size
+        first = at.first_sample + (micro_batch * dp + dp_rank) * size
+        return _collate(self.plan, (self.mixture.row(first + j) for j in range(size)))
 
-    def validation(self, domain: str, dp_rank: int) -> list[Batch]:
-        """Return this rank's validation micro batches of a domain: the same ones at every call.
+    def validation(self, domain: str, dp_rank: int, step: int = 0) -> list[Batch]:
+        """Return this rank's validation micro batches of a domain, the same ones in all a phase.
 
         Empty if the domain has no held-out shard.
+
+        Args:
+            domain: its name.
+            dp_rank: data-parallel rank.
+            step: decides the phase, and with it the length of the rows.
         """
-        if domain not in self._validation:
-            return []
-        size, dp = self.plan.batch.micro_batch_size, self.plan.mesh.dp
-        rows = self._validation_rows(domain)
+        phase = self.plan.at(step).phase
+        size, dp = phase.batch.micro_batch_size, self.plan.mesh.dp
+        rows = self.held_out.rows(domain, phase)
         firsts = range(dp_rank * size, len(rows), size * dp)
-        return [self._make(rows[first : first + size]) for first in firsts]
+        return [_collate(self.plan, rows[first : first + size]) for first in firsts]
 
     def validation_pairs(self, domain: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens, next tokens) that the validation loss of a domain averages over."""
-        batch = self._make(self._validation_rows(domain))
+        batch = _collate(self.plan, self.held_out.rows(domain, self.plan.phases[-1]))
         mask = batch.loss_mask
         return batch.tokens[mask].numpy(), batch.labels[mask].numpy()
 
     def training_tokens(self, domain: str) -> np.ndarray:
         """Return the ids of all training documents of a domain, mapped."""
-        return self.samples.streams[self.domains.index(domain)].shard.tokens
+        return self.shards[domain].tokens
 
     def data_hashes(self) -> dict[str, str]:
         """Return {"DOMAIN.train" or "DOMAIN.valid": SHA-256 of the shard} for the run record."""
-        training = dict(zip(self.domains, self.samples.streams, strict=True))
-        shards = {f"{name}.train": stream.shard for name, stream in training.items()}
-        shards |= {f"{name}.valid": stream.shard for name, stream in self._validation.items()}
+        shards = {f"{name}.train": shard for name, shard in self.shards.items()}
+        shards |= {f"{name}.valid": s.shard for name, s in self.held_out.streams.items()}
         return {name: shard.sha256 for name, shard in sorted(shards.items())}
 
-    def _validation_rows(self, domain: str) -> list[Row]:
-        """Return the held-out rows of a domain: train.eval_steps micro batches for every rank."""
-        count = _num_validation_rows(self.plan)
-        index = self.domains.index(domain)
-        return [self._validation[domain].row(number, index) for number in range(count)]
+    def mixture_record(self) -> list[dict[str, object]]:
+        """Return what the samples of each phase depend on."""
+        hashes = {name: shard.sha256 for name, shard in self.shards.items()}
+        return mixture_record(self.plan, hashes)
 
-    def _make(self, rows: Iterable[Row]) -> Batch:
-        config = self.plan.config
-        return make_batch(
-            list(rows),
-            document_isolation=config.data.document_isolation,
-            num_mtp=config.model.mtp_num_layers,
-        )
+
+class HeldOut:
+    """Validation rows: train.eval_steps micro batches of every rank, of each held-out shard."""
+
+    def __init__(self, plan: Plan, streams: dict[str, ContiguousStream]) -> None:
+        self.plan, self.streams = plan, streams
+
+    def rows(self, domain: str, phase: Phase) -> list[Row]:
+        """Return the rows of a domain in a phase; none without a held-out shard."""
+        if domain not in self.streams:
+            return []
+        number = sorted(self.plan.config.data.domains).index(domain)
+        s = phase.batch.seq_length
+        stream = self.streams[domain]
+        return [read_row(stream, i * s, s, number) for i in range(self._count(phase))]
+
+    def problems(self) -> list[str]:
+        """Return which shards are too short for which phase."""
+        found = []
+        for stream in self.streams.values():
+            for phase in self.plan.phases:
+                rows = (stream.epoch_length - 1) // phase.batch.seq_length
+                if rows < self._count(phase):
+                    found.append(
+                        f"{stream.shard.prefix}.bin has {rows} rows of {phase.batch.seq_length} "
+                        f"tokens, fewer than train.eval_steps={self.plan.config.train.eval_steps} "
+                        f"* train.micro_batch_size * data-parallel size = {self._count(phase)} of "
+                        f"phase {phase.name}; lower eval_steps or hold out more text"
+                    )
+        return found
+
+    def _count(self, phase: Phase) -> int:
+        return self.plan.config.train.eval_steps * phase.batch.micro_batch_size * self.plan.mesh.dp
 
 
 def build_batches(plan: Plan) -> Batches:
     """Open and check all shards of `plan.config.data` and return the run's batches.
 
+    Document orders and schedules that are not in the index folder yet are built; no process group
+    is needed, and processes that start together wait for the one that builds.
+
     Raises:
-        DataError: no domain, or a shard that does not fit (see `open_shard`).
+        DataError: no domain, a shard that does not fit (see `open_shard`), or a domain that would
+            be read more often than it may.
     """
     config = plan.config
     if not config.data.domains:
@@ -92,34 +133,76 @@ def build_batches(plan: Plan) -> Batches:
         eos_token_id=config.model.eos_token_id,
         seq_length=plan.batch.seq_length,
     )
-    names = sorted(config.data.domains)
-    shards = {name: open_shard(config.data.domains[name].path, expected) for name in names}
-    streams = build_streams(shards, seed=config.seed, seq_length=plan.batch.seq_length)
-    schedule = make_schedule(
-        [config.data.domains[name].weight for name in names],
-        config.train.num_steps * plan.batch.global_batch_size,
-    )
-    validation = _open_validation(plan, expected)
-    return Batches(plan, SampleStream(streams, schedule), validation)
-
-
-def _open_validation(plan: Plan, expected: Expected) -> dict[str, DomainStream]:
-    shards: dict[str, Shard] = {
-        name: open_shard(domain.valid_path, expected)
-        for name, domain in plan.config.data.domains.items()
-        if domain.valid_path is not None
-    }
-    streams = build_streams(shards, seed=VALIDATION_SEED, seq_length=plan.batch.seq_length)
-    count = _num_validation_rows(plan)
-    for stream in streams:
-        if stream.num_rows_per_epoch() < count:
-            raise DataError(
-                f"{stream.shard.prefix}.bin has {stream.num_rows_per_epoch()} rows, fewer than "
-                f"train.eval_steps={plan.config.train.eval_steps} * train.micro_batch_size * "
-                f"data-parallel size = {count}; lower eval_steps or hold out more text"
+    index = IndexFolder(Path(config.data.index_dir or Path(config.run_dir) / "index"))
+    shards, streams = {}, {}
+    for name in sorted(config.data.domains):
+        shards[name] = open_shard(config.data.domains[name].path, expected)
+        length = _row_length(plan, name)
+        if length is not None:
+            streams[name] = _build_stream(plan, name, shards[name], index, length)
+    mixture = Mixture(plan.phases, streams, index)
+    check_mixture(plan, mixture)
+    held_out = HeldOut(
+        plan,
+        {
+            name: ContiguousStream(
+                name,
+                open_shard(domain.valid_path, expected),
+                index,
+                seed=VALIDATION_SEED,
+                selection=Selection(),
             )
-    return dict(zip(sorted(shards), streams, strict=True))
+            for name, domain in sorted(config.data.domains.items())
+            if domain.valid_path is not None
+        },
+    )
+    problems = held_out.problems()
+    if problems:
+        raise DataError("\n".join(problems))
+    return Batches(plan, mixture, shards, held_out)
 
 
-def _num_validation_rows(plan: Plan) -> int:
-    return plan.config.train.eval_steps * plan.batch.micro_batch_size * plan.mesh.dp
+def _collate(plan: Plan, rows: Iterable[Row]) -> Batch:
+    config = plan.config
+    return make_batch(
+        list(rows),
+        document_isolation=config.data.document_isolation,
+        num_mtp=config.model.mtp_num_layers,
+    )
+
+
+def _row_length(plan: Plan, domain: str) -> int | None:
+    """Return the tokens of a domain's rows in the first phase that reads it; None if none does."""
+    lengths = [phase.batch.seq_length for phase in plan.phases if phase.shares[domain]]
+    return lengths[0] if lengths else None
+
+
+def _build_stream(
+    plan: Plan, name: str, shard: Shard, index: IndexFolder, seq_length: int
+) -> DomainStream:
+    domain, packing = plan.config.data.domains[name], plan.config.data.packing
+    selection = Selection(domain.min_document_tokens, domain.max_document_tokens)
+    _check_selection(name, domain, shard, selection)
+    seed = plan.config.seed
+    if packing is Packing.contiguous:
+        return ContiguousStream(name, shard, index, seed=seed, selection=selection)
+    return PackedStream(
+        name,
+        shard,
+        index,
+        seed=seed,
+        selection=selection,
+        seq_length=seq_length,
+        cut=packing is Packing.best_fit,
+    )
+
+
+def _check_selection(name: str, domain: DomainConfig, shard: Shard, selection: Selection) -> None:
+    """Raise a DataError if no document of a domain is selected."""
+    selected = selection.documents(shard.lengths)
+    if selected is not None and len(selected) == 0:
+        raise DataError(
+            f"data.domains.{name}: none of {shard.num_documents} documents of {shard.prefix} has "
+            f"min_document_tokens={domain.min_document_tokens} to max_document_tokens="
+            f"{domain.max_document_tokens} tokens; the longest has {int(shard.lengths.max())}"
+        )

@@ -1,87 +1,273 @@
-"""The token stream of a run: any row from (seed, weights, global sample index), without state.
+"""The rows of one domain, as a pure function of (seed, name, position).
 
-A domain is an endless sequence of epochs; in each its documents are shuffled anew and laid end to
-end. Row m of a domain covers positions m*s .. m*s + s of that sequence: s tokens and the label of
-the last, which is also the first token of row m + 1. No token is lost, none is repeated.
+An epoch is one pass over a domain in an order of its own, shuffled by sorting random 64-bit words:
+the words of numpy's Philox bit generator are the same in every version, its permutations are not.
+
+- contiguous: the documents of an epoch lie end to end and epochs follow each other. The row at
+  position p covers tokens p .. p + s: s tokens and the label of the last, which is also the first
+  token of the row after it. No token is lost, none is repeated.
+- packed: rows of whole documents (see `packing`), shuffled anew in each epoch.
 """
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from ring_train.data.batch import Row
-from ring_train.data.blend import BlendSchedule
+from ring_train.data.index import IndexFolder
+from ring_train.data.packing import PackedRows, pack_rows
 from ring_train.data.shards import Shard
 
 
-class DomainStream:
-    """The epochs of one domain. Caches the document order of the epochs in use."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pieces:
+    """What one row is made of, in order; the token that is only a label is included."""
 
-    def __init__(self, name: str, shard: Shard, *, seed: int, seq_length: int) -> None:
-        self.shard, self.seq_length = shard, seq_length
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        self._key = int.from_bytes(digest[:8], "big")
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
-
-    def row(self, index: int, domain: int) -> Row:
-        """Return row `index` of the stream, labelled with the index of its domain."""
-        tokens, starts = self._read(index * self.seq_length, self.seq_length + 1)
-        return Row(tokens=tokens, domain=domain, document_starts=starts)
-
-    def num_rows_per_epoch(self) -> int:
-        """Return the rows, labels included, that one epoch holds."""
-        return (self.shard.num_tokens - 1) // self.seq_length
-
-    def _read(self, start: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens of the endless sequence and where documents begin in them, 0 excluded."""
-        pieces, starts, length = [], [], 0
-        while length < num_tokens:
-            epoch, offset = divmod(start + length, self.shard.num_tokens)
-            order, bounds = self._epoch(epoch)
-            place = int(np.searchsorted(bounds, offset, side="right")) - 1
-            while length < num_tokens and place < len(order):
-                begin = int(self.shard.bounds[order[place]]) + offset - int(bounds[place])
-                end = int(self.shard.bounds[order[place] + 1])
-                piece = self.shard.tokens[begin : min(end, begin + num_tokens - length)]
-                if length > 0 and offset == bounds[place]:
-                    starts.append(length)
-                pieces.append(piece)
-                length += len(piece)
-                place += 1
-                offset = int(bounds[place])
-        return np.concatenate(pieces), np.array(starts, dtype=np.int64)
-
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (document order [n], where each begins in the epoch [n + 1])."""
-        lengths = np.diff(self.shard.bounds)
-        order = np.random.Generator(np.random.Philox(key=[self._key, epoch])).permutation(
-            len(lengths)
-        )
-        bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths[order], out=bounds[1:])
-        return order, bounds
+    documents: np.ndarray
+    """[pieces] number of the document in its shard."""
+    begins: np.ndarray
+    """[pieces] offset of the first token within the document."""
+    ends: np.ndarray
+    """[pieces] offset after the last one."""
+    epochs: np.ndarray
+    """[pieces] pass over the domain, from 0."""
 
 
-class SampleStream:
-    """The blended stream of all domains."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """Which documents of a shard a domain consists of, by tokens."""
 
-    def __init__(self, streams: Sequence[DomainStream], schedule: BlendSchedule) -> None:
-        self.streams, self.schedule = streams, schedule
+    min_tokens: int = 0
+    max_tokens: int | None = None
 
-    def row(self, sample: int) -> Row:
-        """Return the row of a global sample index."""
-        domain, index = self.schedule.position(sample)
-        return self.streams[domain].row(index, domain)
+    def documents(self, lengths: np.ndarray) -> np.ndarray | None:
+        """Return the numbers of the selected documents; None for all of them."""
+        if self.min_tokens <= 1 and self.max_tokens is None:
+            return None
+        top = np.iinfo(np.int64).max if self.max_tokens is None else self.max_tokens
+        return np.flatnonzero((lengths >= self.min_tokens) & (lengths <= top))
 
 
-def build_streams(shards: Mapping[str, Shard], *, seed: int, seq_length: int) -> list[DomainStream]:
-    """Return a stream per domain in the order of sorted names.
+class DomainStream(Protocol):
+    """Rows of a domain, at positions that any phase can go on from."""
 
-    The order of a domain's documents depends on the seed and its name, not on the other domains.
+    shard: Shard
+
+    def step(self, seq_length: int) -> int:
+        """Return by how much the position grows from one row to the next."""
+        ...
+
+    @property
+    def epoch_length(self) -> int:
+        """How much the position grows in one pass over the domain."""
+        ...
+
+    def pieces(self, position: int, seq_length: int) -> Pieces:
+        """Return what the row at a position is made of."""
+        ...
+
+    def num_tokens(self, position: int, num_rows: int, seq_length: int) -> int:
+        """Return the tokens of consecutive rows, padding and labels past the end left out."""
+        ...
+
+
+class ContiguousStream:
+    """Documents end to end; a position counts tokens.
+
+    Args:
+        name: of the domain; with the seed it decides the order, whatever other domains there are.
+        shard: its documents.
+        index: where document orders are kept.
+        seed: of the run.
+        selection: which documents belong to the domain.
     """
-    return [
-        DomainStream(name, shards[name], seed=seed, seq_length=seq_length)
-        for name in sorted(shards)
-    ]
+
+    def __init__(
+        self, name: str, shard: Shard, index: IndexFolder, *, seed: int, selection: Selection
+    ) -> None:
+        self.shard = shard
+        self._index, self._key, self._selection = index, stream_key(seed, name), selection
+        self._epoch = functools.lru_cache(maxsize=2)(self._open_epoch)
+
+    def step(self, seq_length: int) -> int:
+        """Return the tokens from one row to the next."""
+        return seq_length
+
+    @functools.cached_property
+    def epoch_length(self) -> int:
+        """Tokens of the selected documents."""
+        return int(self._epoch(0)[1][-1])
+
+    def pieces(self, position: int, seq_length: int) -> Pieces:
+        """Return the documents behind seq_length + 1 tokens."""
+        parts = []
+        missing = seq_length + 1
+        while missing > 0:
+            epoch, offset = divmod(position, self.epoch_length)
+            order, starts = self._epoch(epoch)
+            stop = min(offset + missing, self.epoch_length)
+            first = int(np.searchsorted(starts, offset, side="right")) - 1
+            last = int(np.searchsorted(starts, stop, side="left"))
+            begin_of = starts[first:last]
+            begins = np.maximum(begin_of, offset) - begin_of
+            ends = np.minimum(starts[first + 1 : last + 1], stop) - begin_of
+            parts.append((order[first:last], begins, ends, np.full(last - first, epoch)))
+            position += stop - offset
+            missing -= stop - offset
+        if len(parts) == 1:
+            return Pieces(*parts[0])
+        return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def num_tokens(self, position: int, num_rows: int, seq_length: int) -> int:
+        """Return num_rows * seq_length: rows are full, wherever they begin."""
+        return num_rows * seq_length
+
+    def _open_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (document order [n] uint32, where each begins in the epoch [n + 1] int64)."""
+        made_from = {
+            **{"key": self._key, "epoch": epoch, "shard": self.shard.sha256},
+            **dataclasses.asdict(self._selection),
+        }
+
+        def build_order() -> np.ndarray:
+            selected = self._selection.documents(self.shard.lengths)
+            count = self.shard.num_documents if selected is None else len(selected)
+            order = shuffled(count, self._key, epoch)
+            return order if selected is None else selected[order].astype(np.uint32)
+
+        order = self._index.array("order", made_from, build_order)
+
+        def build_starts() -> np.ndarray:
+            starts = np.zeros(len(order) + 1, dtype=np.int64)
+            np.cumsum(self.shard.lengths[order], out=starts[1:])
+            return starts
+
+        return order, self._index.array("starts", made_from, build_starts)
+
+
+class PackedStream:
+    """Rows of whole documents for one sequence length; a position counts rows.
+
+    Args:
+        name: of the domain.
+        shard: its documents.
+        index: where packings and row orders are kept.
+        seed: of the run.
+        selection: which documents belong to the domain.
+        seq_length: of every row.
+        cut: whether longer documents are cut, or refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shard: Shard,
+        index: IndexFolder,
+        *,
+        seed: int,
+        selection: Selection,
+        seq_length: int,
+        cut: bool,
+    ) -> None:
+        self.shard, self.seq_length = shard, seq_length
+        self._index, self._key = index, stream_key(seed, name)
+        made_from: dict[str, Any] = {
+            **{"shard": shard.sha256, "seq_length": seq_length, "cut": cut},
+            **dataclasses.asdict(selection),
+        }
+        packed = functools.cache(
+            lambda: pack_rows(shard, selection.documents(shard.lengths), seq_length, cut=cut)
+        )
+
+        def part(name: str) -> np.ndarray:
+            build: Callable[[], np.ndarray] = lambda: getattr(packed(), name)  # noqa: E731
+            return index.array(f"pack_{name}", made_from, build)
+
+        self.rows = PackedRows(*(part(f.name) for f in dataclasses.fields(PackedRows)))
+        self._order = functools.lru_cache(maxsize=2)(self._open_order)
+        self._made_from = made_from
+
+    def step(self, seq_length: int) -> int:
+        """Return 1: a position counts rows."""
+        assert seq_length == self.seq_length, "the plan keeps to one length a packed domain"
+        return 1
+
+    @property
+    def epoch_length(self) -> int:
+        """Rows of one epoch."""
+        return len(self.rows.row_starts) - 1
+
+    def pieces(self, position: int, seq_length: int) -> Pieces:
+        """Return the documents of one row, and of the next token where the last one goes on."""
+        epoch, place = divmod(position, self.epoch_length)
+        row = int(self._order(epoch)[place])
+        part = slice(*self.rows.row_starts[row : row + 2].tolist())
+        documents, begins = self.rows.documents[part], self.rows.begins[part]
+        ends = begins + self.rows.lengths[part]
+        goes_on = ends[-1] < self.shard.lengths[documents[-1]]
+        if goes_on:
+            ends = np.append(ends[:-1], ends[-1] + 1)
+        return Pieces(documents, begins, ends, np.full(len(documents), epoch))
+
+    def num_tokens(self, position: int, num_rows: int, seq_length: int) -> int:
+        """Return the tokens of the pieces of consecutive rows."""
+        assert seq_length == self.seq_length
+        ends = np.cumsum(self.rows.lengths)[self.rows.row_starts[1:] - 1]
+        row_tokens = np.diff(ends, prepend=0)
+        total, place = 0, position
+        while place < position + num_rows:
+            epoch, first = divmod(place, self.epoch_length)
+            count = min(self.epoch_length - first, position + num_rows - place)
+            total += int(row_tokens[self._order(epoch)[first : first + count]].sum())
+            place += count
+        return total
+
+    def _open_order(self, epoch: int) -> np.ndarray:
+        made_from = {**self._made_from, "key": self._key, "epoch": epoch}
+        return self._index.array(
+            "rows", made_from, lambda: shuffled(self.epoch_length, self._key, epoch)
+        )
+
+
+def read_row(stream: DomainStream, position: int, seq_length: int, domain: int) -> Row:
+    """Return the row of a stream at a position, labelled with the index of its domain."""
+    pieces = stream.pieces(position, seq_length)
+    shard = stream.shard
+    firsts = shard.begins(pieces.documents) + pieces.begins
+    lengths = pieces.ends - pieces.begins
+    spans = list(zip(firsts.tolist(), (firsts + lengths).tolist(), strict=True))
+    starts = np.cumsum(lengths)
+    num_tokens = int(starts[-1])
+    missing = seq_length + 1 - num_tokens
+    tail = [np.zeros(missing, dtype=shard.tokens.dtype)] if missing else []
+    tokens = np.concatenate([*(shard.tokens[a:b] for a, b in spans), *tail])
+    mask = None
+    if shard.loss_mask is not None:
+        mask = np.concatenate(
+            [*(shard.loss_mask[a:b] for a, b in spans), np.zeros(missing, dtype=bool)]
+        )
+    return Row(
+        tokens=tokens,
+        domain=domain,
+        document_starts=starts if missing else starts[:-1],
+        num_padding=max(0, missing - 1),
+        loss_mask=mask,
+    )
+
+
+def stream_key(seed: int, name: str) -> int:
+    """Return the 64-bit key of a domain's shuffles."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
+
+
+def shuffled(count: int, key: int, epoch: int) -> np.ndarray:
+    """Return 0..count-1 in a random order as uint32: a pure function of the arguments."""
+    words = np.random.Philox(key=[key, epoch]).random_raw(count)
+    bits = np.uint64(max(1, (count - 1).bit_length()))
+    words = (words >> bits << bits) | np.arange(count, dtype=np.uint64)
+    words.sort()
+    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.uint32)

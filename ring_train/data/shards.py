@@ -24,6 +24,7 @@ MANIFEST_KEYS = (
     *("bin_sha256", "idx_sha256", "documents", "tokens", "dtype"),
     *("max_token_id", "tokenizer"),
 )
+OPTIONAL_MANIFEST_KEYS = ("mask_sha256", "inputs")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,19 +34,33 @@ class Shard:
     prefix: str
     tokens: np.ndarray
     """[tokens] ids of all documents end to end, mapped."""
-    bounds: np.ndarray
-    """[documents + 1] int64: where each document begins in `tokens`."""
+    lengths: np.ndarray
+    """[documents] int32 tokens of each document, end-of-text included, mapped."""
+    offsets: np.ndarray
+    """[documents] int64 bytes before each document in .bin, mapped."""
     manifest: dict[str, Any]
+    loss_mask: np.ndarray | None = None
+    """[tokens] bool: which tokens are trained on, mapped; None for all."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents, end-of-text included."""
-        return int(self.bounds[-1])
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.lengths)
+
+    def begins(self, documents: np.ndarray) -> np.ndarray:
+        """Return where documents begin in `tokens`."""
+        return self.offsets[documents] // self.tokens.itemsize
 
     @property
     def sha256(self) -> str:
-        """Hash of the hashes of .bin and .idx that the manifest states."""
+        """Hash of the hashes of .bin, .idx and .mask that the manifest states."""
         both = self.manifest["bin_sha256"] + self.manifest["idx_sha256"]
+        both += self.manifest.get("mask_sha256") or ""
         return hashlib.sha256(both.encode()).hexdigest()
 
 
@@ -96,7 +111,8 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
             )
     try:
         manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in MANIFEST_KEYS}
+        needed = {key: manifest[key] for key in MANIFEST_KEYS}
+        return needed | {key: manifest.get(key) for key in OPTIONAL_MANIFEST_KEYS}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{prefix}.json is not a shard's manifest ({error}); tokenize again"
@@ -132,23 +148,40 @@ def _map_files(prefix: str, manifest: dict[str, Any]) -> Shard:
         header = stream.read(start)
     if len(header) < start or not header.startswith(INDEX_HEADER):
         raise DataError(f"{prefix}.idx is not a Megatron index; tokenize again")
-    index = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
-    version, code, num_sequences, _ = INDEX_FIELDS.unpack_from(header, len(INDEX_HEADER))
-    if version != 1 or code not in DTYPES or len(index) < start + 4 * num_sequences:
+    index = np.asarray(np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8))
+    version, code, num_documents, _ = INDEX_FIELDS.unpack_from(header, len(INDEX_HEADER))
+    if version != 1 or code not in DTYPES or len(index) < start + 12 * num_documents:
         raise DataError(
-            f"{prefix}.idx: version {version}, type code {code}, {num_sequences} documents in "
+            f"{prefix}.idx: version {version}, type code {code}, {num_documents} documents in "
             f"{len(index)} bytes; version 1 and type code 4 or 8 are expected: tokenize again"
         )
-    lengths = np.frombuffer(index, dtype="<i4", count=num_sequences, offset=start)
-    bounds = np.zeros(num_sequences + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
+    dtype = DTYPES[code]
+    lengths = np.frombuffer(index, dtype="<i4", count=num_documents, offset=start)
+    offsets = np.frombuffer(
+        index, dtype="<i8", count=num_documents, offset=start + 4 * num_documents
+    )
     bin_bytes = Path(f"{prefix}.bin").stat().st_size
-    found = (num_sequences, int(bounds[-1]), bin_bytes // DTYPES[code].itemsize)
+    end = int(offsets[-1]) // dtype.itemsize + int(lengths[-1]) if num_documents else 0
+    found = (num_documents, end, bin_bytes // dtype.itemsize)
     stated = (manifest["documents"], manifest["tokens"], manifest["tokens"])
     if found != stated:
         raise DataError(
             f"{prefix}: (documents, tokens in .idx, tokens in .bin) = {found}, but its manifest "
             f"says {stated}; the files are not of one run: tokenize again"
         )
-    tokens = np.memmap(f"{prefix}.bin", mode="r", dtype=DTYPES[code])
-    return Shard(prefix, tokens, bounds, manifest)
+    tokens = np.asarray(np.memmap(f"{prefix}.bin", mode="r", dtype=dtype))
+    return Shard(prefix, tokens, lengths, offsets, manifest, _map_mask(prefix, manifest))
+
+
+def _map_mask(prefix: str, manifest: dict[str, Any]) -> np.ndarray | None:
+    """Return the loss mask, if the manifest states one: PREFIX.mask, one byte a token, 0 or 1."""
+    if manifest.get("mask_sha256") is None:
+        return None
+    path = Path(f"{prefix}.mask")
+    size = path.stat().st_size if path.is_file() else 0
+    if size != manifest["tokens"]:
+        raise DataError(
+            f"{path} has {size} bytes, but {prefix}.json states a mask of {manifest['tokens']} "
+            "tokens; the files are not of one run: tokenize again"
+        )
+    return np.asarray(np.memmap(path, mode="r", dtype=np.bool_))

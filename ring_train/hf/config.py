@@ -12,6 +12,7 @@ from typing import Any
 from ring_train.config import Architecture, DecayLayerRule, ModelConfig, Precision, ScoreFunction
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, family_of, family_problems
+from ring_train.plan import context_tokens
 
 INT_KEYS = (
     "num_hidden_layers",
@@ -41,7 +42,6 @@ ONLY_VALUES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_bias": False,
     "use_qkv_bias": False,
-    "rope_scaling": None,
     "norm_topk_prob": True,
     "embedding_dropout": 0.0,
     "output_dropout": 0.0,
@@ -57,6 +57,8 @@ V2_ONLY_VALUES: dict[str, Any] = {
     "moe_router_enable_expert_bias": True,
 }
 V1_ONLY_VALUES: dict[str, Any] = {"norm_softmax": False}
+
+YARN_KEYS = ("factor", "original_max_position_embeddings")
 
 V2_RECIPE: dict[str, Any] = {
     "moe_router_score_function": ScoreFunction.sigmoid,
@@ -101,6 +103,7 @@ def read_model_config(
     floats = FLOAT_KEYS + (() if is_v1 else V2_FLOAT_KEYS)
     problems = _value_problems(raw, ints, floats)
     problems += _only_problems(raw, V1_ONLY_VALUES if is_v1 else V2_ONLY_VALUES)
+    problems += _rope_scaling_problems(raw.get("rope_scaling"))
     if is_linear:
         problems += _only_problems(raw, {"linear_rope": True})
     if problems:
@@ -134,6 +137,7 @@ def _make_model(
         layernorm_epsilon=raw["rms_norm_eps"],
         init_method_std=raw.get("initializer_range", 0.006),
         rotary_base=float(raw["rope_theta"]),
+        **_rope_scaling_fields(raw.get("rope_scaling")),
         group_norm_size=raw["group_norm_size"] if is_linear else 1,
         decay_layer_rule=rule,
         linear_silu=is_linear and raw.get("linear_silu", False),
@@ -148,6 +152,40 @@ def _make_model(
         bos_token_id=raw.get("bos_token_id"),
         **specific,
     )
+
+
+def _rope_scaling_problems(scaling: Any) -> list[str]:
+    """Return what the trainer does not implement of a folder's rope_scaling."""
+    if scaling is None:
+        return []
+    numbers = {key: scaling.get(key) for key in YARN_KEYS} if isinstance(scaling, dict) else {}
+    kind = scaling.get("rope_type", scaling.get("type")) if numbers else None
+    others = set(scaling) - {*YARN_KEYS, "rope_type", "type"} if numbers else set()
+    if kind == "yarn" and not others and all(isinstance(v, int | float) for v in numbers.values()):
+        return []
+    return [
+        f"rope_scaling={scaling!r}, but only null and rope_type=yarn with "
+        f"{' and '.join(YARN_KEYS)} are implemented"
+    ]
+
+
+def _rope_scaling_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    if scaling is None:
+        return {}
+    return {
+        "rotary_scaling_factor": float(scaling["factor"]),
+        "original_max_position_embeddings": int(scaling["original_max_position_embeddings"]),
+    }
+
+
+def _rope_scaling_dict(model: ModelConfig) -> dict[str, Any] | None:
+    if model.rotary_scaling_factor == 1:
+        return None
+    return {
+        "rope_type": "yarn",
+        "factor": model.rotary_scaling_factor,
+        "original_max_position_embeddings": model.original_max_position_embeddings,
+    }
 
 
 def _v2_fields(raw: dict[str, Any]) -> dict[str, Any]:
@@ -284,11 +322,12 @@ def hf_config_dict(model: ModelConfig, *, precision: Precision) -> dict[str, Any
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
+        "max_position_embeddings": context_tokens(model, model.rotary_scaling_factor),
         "first_k_dense_replace": model.first_k_dense_replace,
         "rms_norm_eps": model.layernorm_epsilon,
         "initializer_range": model.init_method_std,
         "rope_theta": model.rotary_base,
+        "rope_scaling": _rope_scaling_dict(model),
         "partial_rotary_factor": model.rotary_percent,
         "num_experts": model.num_moe_experts,
         "num_experts_per_tok": model.moe_router_topk,

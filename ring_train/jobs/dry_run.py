@@ -122,13 +122,13 @@ def _batch_rows(plan: Plan) -> list[Row]:
     micro = f"{batch.num_micro_batches:,} micro batches of {batch.micro_batch_size} per rank"
     return [
         ("step", f"{row} = {batch.tokens_per_step:,} tokens, {micro}, {train.precision}"),
-        ("run", f"{train.num_steps:,} steps = {batch.total_tokens:,} tokens"),
+        ("run", f"{train.num_steps:,} steps = {plan.total_tokens:,} tokens"),
     ]
 
 
 def _cost_rows(plan: Plan) -> list[Row]:
     cost = plan.cost
-    run_flops = cost.flops_per_token * plan.batch.total_tokens
+    run_flops = cost.flops_per_token * plan.total_tokens
     mtp = f"{_count(cost.num_mtp_parameters)}, {_count(cost.num_active_mtp_parameters)} active"
     per_token = f"{cost.flops_per_token / 1e9:,.3f} GFLOP per token, forward and backward"
     return [

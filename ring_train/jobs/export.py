@@ -5,6 +5,7 @@ run folder, which stands for its newest complete checkpoint. One process, whatev
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ring_train.config import (
     read_yaml,
 )
 from ring_train.errors import UserError
-from ring_train.plan import Plan, make_plan
+from ring_train.plan import Plan, make_plan, model_at
 from ring_train.runtime.errors import run_job
 
 
@@ -66,9 +67,14 @@ def export_plan(folder: Path, config: ExportConfig) -> Plan:
             f"{folder}/config.yaml: data.tokenizer is empty, and an export holds its tokenizer; "
             "write the tokenizer's folder there"
         )
+    from ring_train.checkpoint.checkpointer import STATE_FILE
+
     _check_decay_rule(folder, saved, config)
     train = dataclasses.replace(saved.train, precision=Precision.fp32)
-    return make_plan(dataclasses.replace(saved, train=train, parallel=ParallelConfig()), 1)
+    whole = dataclasses.replace(saved, train=train, parallel=ParallelConfig())
+    step = json.loads((folder / STATE_FILE).read_text())["step"]
+    model = model_at(make_plan(whole, 1), step)
+    return make_plan(dataclasses.replace(whole, model=model), 1)
 
 
 def _check_decay_rule(folder: Path, saved: Config, config: ExportConfig) -> None:

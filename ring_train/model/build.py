@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.model.init import initialise
 from ring_train.model.language_model import HybridLanguageModel
-from ring_train.plan import Plan, check_trainable
+from ring_train.plan import Phase, Plan, check_trainable
 from ring_train.plan.megatron import make_ddp_config, make_transformer_config
 
 
@@ -33,3 +33,11 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
         )
         for i, chunk in enumerate(chunks)
     ]
+
+
+def enter_phase(model: list[DistributedDataParallel], phase: Phase) -> None:
+    """Use the position embedding of a phase from the next forward on."""
+    for chunk in model:
+        unwrapped = chunk.module
+        assert isinstance(unwrapped, HybridLanguageModel)
+        unwrapped.enter_phase(phase)

@@ -29,7 +29,7 @@ from ring_train.model.mtp import MtpBlock
 from ring_train.model.norm import RMSNorm
 from ring_train.model.specs import make_layer_spec
 from ring_train.ops.rope import rotary_angles
-from ring_train.plan import Plan
+from ring_train.plan import Phase, Plan
 
 
 class PackedRow(Protocol):
@@ -47,8 +47,10 @@ class PackedRow(Protocol):
     """[depths, t] int64, the token k further on."""
     mtp_labels: torch.Tensor
     """[depths, t] int64, the token k + 1 further on."""
+    padding_mask: torch.Tensor
+    """[t] bool, True where the token is padding."""
     num_padding: int
-    """Tokens at the end of the row that are padding."""
+    """How many are."""
 
 
 class HybridLanguageModel(MegatronModule):
@@ -76,6 +78,8 @@ class HybridLanguageModel(MegatronModule):
         stage = (vp_stage or 0) * plan.mesh.pp + groups.pp.rank()
         self.pre_process = stage == 0
         self.post_process = stage == len(plan.layers.stages) - 1
+        self.rotary_base = model.rotary_base
+        self.rotary_scaling_factor = model.rotary_scaling_factor
         self.has_mtp = self.post_process and plan.layers.num_mtp > 0
         if self.pre_process or self.has_mtp:
             self.embedding = LanguageModelEmbedding(
@@ -144,8 +148,9 @@ class HybridLanguageModel(MegatronModule):
             rotary_angles(
                 batch.position_ids,
                 int(model.kv_channels * model.rotary_percent),
-                model.rotary_base,
+                self.rotary_base,
                 dtype=torch.promote_types(self.config.params_dtype, torch.float32),
+                yarn=self._yarn(),
             )
         )  # [2, t, rotary_dim] fp32
         padding_mask = self._padding_mask(batch)
@@ -167,6 +172,18 @@ class HybridLanguageModel(MegatronModule):
                 losses.append(self.token_losses(hidden, batch.mtp_labels[depth]))
         return torch.stack(losses)
 
+    def enter_phase(self, phase: Phase) -> None:
+        """Use the position embedding of a phase from the next forward on."""
+        self.rotary_base = phase.rotary_base
+        self.rotary_scaling_factor = phase.rotary_scaling_factor
+
+    def _yarn(self) -> tuple[float, int] | None:
+        """Return (factor, original context) of the stretched position embedding, if it is."""
+        original = self.plan.config.model.original_max_position_embeddings
+        if self.rotary_scaling_factor == 1 or original is None:
+            return None
+        return self.rotary_scaling_factor, original
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return embeddings [t/sp, 1, h] of token ids [t]."""
         return self.embedding(tokens[None], None)
@@ -184,8 +201,7 @@ class HybridLanguageModel(MegatronModule):
         """Return [1, t/sp] bool, True where padding, for this rank's part of the sequence."""
         if not batch.num_padding:
             return None
-        tokens = len(batch.tokens)
-        mask = torch.arange(tokens, device=batch.tokens.device) >= tokens - batch.num_padding
+        mask = batch.padding_mask
         if self.config.sequence_parallel:
             mask = mask.chunk(self.groups.tp.size())[self.groups.tp.rank()]
         return mask[None]

@@ -137,11 +137,16 @@ class RouterLoad:
 
 @torch.no_grad()
 def finish_router_step(
-    chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
+    chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, bias_update_rate: float
 ) -> dict[int, RouterLoad]:
     """Apply one bias update per router; return {layer number: load} of this pipeline stage.
 
     Collective over tensor x data x context parallel ranks. MTP depths count on from L + 1.
+
+    Args:
+        chunks: model chunks of this rank.
+        groups: process groups.
+        bias_update_rate: how far an expert bias moves; 0 = not at all.
     """
     found = list(routers(chunks))
     if not found:
@@ -153,11 +158,11 @@ def finish_router_step(
     loads = {}
     for router, count, z_sum in zip(found, counts, z_sums, strict=True):
         model = router.model
-        if model.moe_router_enable_expert_bias and model.moe_router_bias_update_rate:
+        if model.moe_router_enable_expert_bias and bias_update_rate:
             updated = expert_bias_update(
                 router.expert_bias,
                 count,
-                rate=model.moe_router_bias_update_rate,
+                rate=bias_update_rate,
                 zero_mean=model.moe_router_bias_zero_mean,
             )
             router.expert_bias.copy_(updated)

@@ -1,10 +1,16 @@
 """Rotary position embedding on the first channels of each head, rotate-half layout."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ring_train.ops.precision import compute_dtype
+
+YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
+"""Channels that turn more often than the first over the original context keep their frequency;
+those that turn less often than the second are slowed by the full factor."""
 
 
 def rotary_angles(
@@ -12,10 +18,21 @@ def rotary_angles(
     rotary_dim: int,
     base: float,
     dtype: torch.dtype = torch.float32,
+    yarn: tuple[float, int] | None = None,
 ) -> tuple[Float[Tensor, "t r"], Float[Tensor, "t r"]]:
     """Return cos and sin of position * base ** (-2 j / r), pairs (j, j + r/2) alike, in `dtype`.
 
     Frequencies and angles are rounded in `dtype` step by step as Hugging Face does in float32.
+
+    Args:
+        position_ids: 0 at the start of every document.
+        rotary_dim: r, channels that rotate.
+        base: theta.
+        dtype: of the arithmetic and the result.
+        yarn: (factor, original context in tokens) of YaRN; cos and sin then also carry its
+            attention factor, 0.1 ln(factor) + 1.
+
+    Source: B. Peng et al., YaRN, arXiv 2309.00071, sections 3.2 to 3.4.
     """
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rotary_dim={rotary_dim} does not pair channels; choose an even number")
@@ -26,9 +43,32 @@ def rotary_angles(
         )
     compute_dtype(dtype)
     exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).to(dtype) / rotary_dim
-    angles = position_ids.to(dtype)[:, None] * (1.0 / base**exponents)  # [t, r/2]
+    periods = base**exponents  # [r/2], over 2 pi
+    frequencies = 1.0 / periods if yarn is None else _yarn_frequencies(periods, base, *yarn)
+    angles = position_ids.to(dtype)[:, None] * frequencies  # [t, r/2]
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    if yarn is None:
+        return angles.cos(), angles.sin()
+    attention_factor = 0.1 * math.log(yarn[0]) + 1.0
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def _yarn_frequencies(
+    periods: Float[Tensor, " c"], base: float, factor: float, original_tokens: int
+) -> Float[Tensor, " c"]:
+    """Return the frequencies of YaRN: those of quick channels kept, of slow ones over `factor`."""
+    pairs = len(periods)
+
+    def channel_of(turns: float) -> float:
+        """Return the (fractional) channel that turns so often over the original context."""
+        return pairs * math.log(original_tokens / (turns * 2 * math.pi)) / math.log(base)
+
+    low = max(math.floor(channel_of(YARN_FAST_TURNS)), 0)
+    high = min(math.ceil(channel_of(YARN_SLOW_TURNS)), 2 * pairs - 1)
+    width = high - low if high > low else 0.001
+    channels = torch.arange(pairs, device=periods.device).to(periods.dtype)
+    slowed = ((channels - low) / width).clamp(0, 1)
+    return (1.0 / (factor * periods)) * slowed + (1.0 / periods) * (1 - slowed)
 
 
 def apply_partial_rope(

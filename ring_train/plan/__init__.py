@@ -1,10 +1,11 @@
 """(config, world_size) -> Plan. Imports neither torch nor megatron, except `plan.megatron`."""
 
-from ring_train.plan.batch import BatchPlan
+from ring_train.plan.batch import BatchPlan, context_tokens
 from ring_train.plan.cost import Cost
 from ring_train.plan.layers import LayerPlan
 from ring_train.plan.mesh import Mesh, smallest_world
-from ring_train.plan.plan import Plan, check_trainable, make_plan, plan_record
+from ring_train.plan.phases import Phase, StepPlan
+from ring_train.plan.plan import Plan, check_trainable, make_plan, model_at, plan_record
 from ring_train.plan.problems import PlanError
 
 __all__ = [
@@ -12,10 +13,14 @@ __all__ = [
     "Cost",
     "LayerPlan",
     "Mesh",
+    "Phase",
     "Plan",
     "PlanError",
+    "StepPlan",
     "check_trainable",
+    "context_tokens",
     "make_plan",
+    "model_at",
     "plan_record",
     "smallest_world",
 ]

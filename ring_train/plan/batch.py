@@ -1,14 +1,15 @@
-"""Batch arithmetic: how rows, micro batches and tokens add up to a step and a run."""
+"""Batch arithmetic: how rows, micro batches and tokens add up to a step."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from ring_train.config import Config, LrDecayStyle
+from ring_train.config import Config, LrDecayStyle, ModelConfig
 from ring_train.plan.mesh import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Sizes of one micro batch, one step and the whole run."""
+    """Sizes of one micro batch and one step."""
 
     seq_length: int
     """Tokens of one row."""
@@ -21,51 +22,93 @@ class BatchPlan:
     tokens_per_micro_batch: int
     """Tokens of one micro batch; the rows lie end to end."""
     tokens_per_step: int
-    total_tokens: int
 
 
-def make_batch(config: Config, mesh: Mesh) -> BatchPlan:
-    """Return the batch sizes; exact where `batch_problems` finds nothing."""
-    train = config.train
-    tokens_per_step = train.global_batch_size * train.seq_length
+class RowSizes(Protocol):
+    """What a phase says about its rows and batches."""
+
+    @property
+    def path(self) -> str: ...  # noqa: D102
+    @property
+    def seq_length(self) -> int: ...  # noqa: D102
+    @property
+    def micro_batch_size(self) -> int: ...  # noqa: D102
+    @property
+    def global_batch_size(self) -> int: ...  # noqa: D102
+    @property
+    def rotary_scaling_factor(self) -> float: ...  # noqa: D102
+
+
+def make_batch(sizes: RowSizes, mesh: Mesh) -> BatchPlan:
+    """Return the batch sizes; exact where `size_problems` finds nothing."""
     return BatchPlan(
-        seq_length=train.seq_length,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
-        num_micro_batches=train.global_batch_size // (train.micro_batch_size * mesh.dp),
-        tokens_per_micro_batch=train.micro_batch_size * train.seq_length,
-        tokens_per_step=tokens_per_step,
-        total_tokens=tokens_per_step * train.num_steps,
+        seq_length=sizes.seq_length,
+        micro_batch_size=sizes.micro_batch_size,
+        global_batch_size=sizes.global_batch_size,
+        num_micro_batches=sizes.global_batch_size // (sizes.micro_batch_size * mesh.dp),
+        tokens_per_micro_batch=sizes.micro_batch_size * sizes.seq_length,
+        tokens_per_step=sizes.global_batch_size * sizes.seq_length,
     )
 
 
-def batch_problems(config: Config, mesh: Mesh) -> list[str]:
-    """Return what is wrong with batch sizes and the schedule."""
-    train, model = config.train, config.model
-    problems = []
-    rows = train.micro_batch_size * mesh.dp
-    if train.global_batch_size % rows:
+def size_problems(sizes: RowSizes, model: ModelConfig, mesh: Mesh) -> list[str]:
+    """Return what is wrong with the row and batch sizes of a phase."""
+    problems = [
+        f"{sizes.path}.{name}={value} is not positive; choose a value above 0"
+        for name in ("seq_length", "micro_batch_size", "global_batch_size")
+        if (value := getattr(sizes, name)) < 1
+    ]
+    if problems:
+        return problems
+    rows = sizes.micro_batch_size * mesh.dp
+    if sizes.global_batch_size % rows:
         problems.append(
-            f"train.global_batch_size={train.global_batch_size} is not divisible by "
-            f"train.micro_batch_size={train.micro_batch_size} * data-parallel size {mesh.dp}; "
-            f"choose a multiple of {rows}"
+            f"{sizes.path}.global_batch_size={sizes.global_batch_size} is not divisible by "
+            f"{sizes.path}.micro_batch_size={sizes.micro_batch_size} * data-parallel size "
+            f"{mesh.dp}; choose a multiple of {rows}"
         )
-    tokens = train.micro_batch_size * train.seq_length
+    tokens = sizes.micro_batch_size * sizes.seq_length
     if mesh.sequence_parallel and tokens % mesh.tp:
         problems.append(
-            f"train.micro_batch_size={train.micro_batch_size} * train.seq_length="
-            f"{train.seq_length} is not divisible by parallel.tensor_model_parallel_size={mesh.tp}"
+            f"{sizes.path}.micro_batch_size={sizes.micro_batch_size} * {sizes.path}.seq_length="
+            f"{sizes.seq_length} is not divisible by parallel.tensor_model_parallel_size={mesh.tp}"
             f", which sequence_parallel needs; choose seq_length a multiple of {mesh.tp}"
         )
-    if train.seq_length > model.max_position_embeddings:
-        problems.append(
-            f"train.seq_length={train.seq_length} exceeds model.max_position_embeddings="
-            f"{model.max_position_embeddings}; shorten the rows or raise the limit"
-        )
-    return problems + _schedule_problems(config)
+    return problems + _context_problems(sizes, model)
 
 
-def _schedule_problems(config: Config) -> list[str]:
+def _context_problems(sizes: RowSizes, model: ModelConfig) -> list[str]:
+    """Return whether rows are longer than the position embedding is meant for."""
+    factor = sizes.rotary_scaling_factor
+    if factor < 1:
+        return [
+            f"{sizes.path}: rotary_scaling_factor={factor} is below 1; 1 leaves the position "
+            "embedding as it is, 4 stretches it four times"
+        ]
+    if factor > 1 and model.original_max_position_embeddings is None:
+        return [
+            f"{sizes.path}: rotary_scaling_factor={factor} stretches a context that is not given; "
+            "set model.original_max_position_embeddings to the length trained before"
+        ]
+    if sizes.seq_length <= context_tokens(model, factor):
+        return []
+    return [
+        f"{sizes.path}.seq_length={sizes.seq_length} exceeds model.max_position_embeddings="
+        f"{context_tokens(model, factor)}; shorten the rows, raise the limit, or stretch the "
+        f"position embedding with {sizes.path}.rotary_scaling_factor"
+        if sizes.path != "train"
+        else f"{sizes.path}.seq_length={sizes.seq_length} exceeds model.max_position_embeddings="
+        f"{context_tokens(model, factor)}; shorten the rows or raise the limit"
+    ]
+
+
+def context_tokens(model: ModelConfig, rotary_scaling_factor: float) -> int:
+    """Return the longest sequence that the position embedding is meant for."""
+    original = model.original_max_position_embeddings or model.max_position_embeddings
+    return max(model.max_position_embeddings, int(original * rotary_scaling_factor))
+
+
+def schedule_problems(config: Config) -> list[str]:
     """Return what is wrong with the learning-rate schedule."""
     optim = config.optim
     problems = []

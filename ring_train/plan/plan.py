@@ -4,12 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ring_train.config import Architecture, Config, ScoreFunction
-from ring_train.plan.batch import BatchPlan, batch_problems, make_batch
+from ring_train.config import Architecture, Config, ModelConfig, ScoreFunction
+from ring_train.plan.batch import BatchPlan, schedule_problems
 from ring_train.plan.cost import Cost, make_cost
 from ring_train.plan.fields import passthrough_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
 from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
+from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems, step_plan
 from ring_train.plan.problems import PlanError
 
 
@@ -20,8 +21,23 @@ class Plan:
     config: Config
     mesh: Mesh
     layers: LayerPlan
-    batch: BatchPlan
+    phases: tuple[Phase, ...]
     cost: Cost
+    """At the row length of the first phase."""
+
+    @property
+    def batch(self) -> BatchPlan:
+        """Sizes of the first phase."""
+        return self.phases[0].batch
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return sum(phase.num_tokens for phase in self.phases)
+
+    def at(self, step: int) -> StepPlan:
+        """Return what a step, counted from 0, reads."""
+        return step_plan(self.phases, step)
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -38,19 +54,21 @@ def make_plan(config: Config, world_size: int) -> Plan:
     problems = [
         *mesh_problems(config.parallel, world_size),
         *layer_problems(config.model, mesh),
-        *batch_problems(config, mesh),
+        *phase_problems(config, mesh),
+        *schedule_problems(config),
         *passthrough_problems(config.model.megatron),
         *run_problems(config),
     ]
     if problems:
         raise PlanError(problems)
     layers = make_layers(config.model, mesh)
+    phases = make_phases(config, mesh)
     return Plan(
         config=config,
         mesh=mesh,
         layers=layers,
-        batch=make_batch(config, mesh),
-        cost=make_cost(config.model, layers, config.train.seq_length),
+        phases=phases,
+        cost=make_cost(config.model, layers, phases[0].batch.seq_length),
     )
 
 
@@ -59,7 +77,8 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
         *("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
         *("layer_group_size", "layernorm_epsilon", "init_method_std", "rotary_percent"),
-        *("rotary_base", "group_norm_size", "num_moe_experts", "moe_router_topk"),
+        *("rotary_base", "rotary_scaling_factor", "original_max_position_embeddings"),
+        *("group_norm_size", "num_moe_experts", "moe_router_topk"),
         *("moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk"),
         *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
     ),
@@ -174,6 +193,17 @@ def check_trainable(plan: Plan) -> None:
         raise PlanError(problems)
 
 
+def model_at(plan: Plan, step: int) -> ModelConfig:
+    """Return the model as it is after `step` steps, with what its phase changed."""
+    phase = plan.at(max(step - 1, 0)).phase
+    return dataclasses.replace(
+        plan.config.model,
+        rotary_base=phase.rotary_base,
+        rotary_scaling_factor=phase.rotary_scaling_factor,
+        moe_router_bias_update_rate=phase.moe_router_bias_update_rate,
+    )
+
+
 def plan_record(plan: Plan) -> dict[str, Any]:
     """Return the plan without its config as JSON types; counts lie at the top level."""
     return {
@@ -181,4 +211,6 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "mesh": dataclasses.asdict(plan.mesh),
         "layers": dataclasses.asdict(plan.layers),
         "batch": dataclasses.asdict(plan.batch),
+        "phases": [dataclasses.asdict(phase) for phase in plan.phases],
+        "total_tokens": plan.total_tokens,
     }

@@ -10,17 +10,18 @@ from ring_train.train.step import forward_backward
 
 
 def evaluate(
-    model: list[DistributedDataParallel], batches: Batches, groups: Groups
+    model: list[DistributedDataParallel], batches: Batches, groups: Groups, step: int
 ) -> dict[str, float]:
     """Return {"valid_loss/<domain>": nats per token} over the validation rows of each domain.
 
-    The rows are the same at every call. Router counts and biases do not change.
+    The rows are the same at every call in a phase, which `step` decides. Router counts and biases
+    do not change.
     """
     for chunk in model:
         chunk.eval()
     losses = {}
     for index, domain in enumerate(batches.domains):
-        rows = [row.to(groups.device) for row in batches.validation(domain, groups.dp_rank)]
+        rows = [row.to(groups.device) for row in batches.validation(domain, groups.dp_rank, step)]
         if rows:
             sums = forward_backward(
                 model, rows, groups.collection, num_domains=len(batches.domains), loss_weights=None

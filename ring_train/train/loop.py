@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from ring_train.checkpoint import Checkpointer, TrainState
-from ring_train.data.batch import Batch
+from ring_train.data.ledger import Ledger, count_tokens, ledger_array, make_ledger
 from ring_train.data.loader import Batches
-from ring_train.plan import Plan
+from ring_train.data.mixture import check_same_samples
+from ring_train.model.build import enter_phase
+from ring_train.plan import Phase, Plan, StepPlan
 from ring_train.runtime.distributed import Groups
 from ring_train.runtime.logs import progress_bar
 from ring_train.train.evaluation import evaluate
@@ -50,12 +52,21 @@ class Trainer:
         self.batches, self.checkpoints, self.groups = batches, checkpoints, groups
         self.writer: MetricsWriter | None = None
         self.logged_at, self.logged_step = time.monotonic(), 0
+        self.phase: Phase | None = None
+        self.tokens_read = np.zeros((len(plan.phases), len(batches.domains)), dtype=np.int64)
+        """By this data-parallel rank, since the run was started or resumed."""
 
     def train(self, state: TrainState) -> TrainState:
         """Train from `state` to the end of the plan, its step limit or time limit; return where.
 
         A checkpoint is saved at every interval and whenever the loop ends. Collective.
+
+        Raises:
+            DataError: the samples read so far are not those of the plan.
         """
+        check_same_samples(state.mixture, self.batches.mixture_record(), state.consumed_samples)
+        state = replace(state, mixture=self.batches.mixture_record())
+        self.resumed_ledger = state.ledger
         config = self.plan.config.train
         last = min(config.num_steps, config.stop_after_step or config.num_steps)
         deadline = time.monotonic() + (config.time_limit_s or float("inf"))
@@ -73,7 +84,7 @@ class Trainer:
             while state.step < last and not self._expired(deadline):
                 state = self._step(state)
                 bar.update()
-        self.checkpoints.save(state, self.model, self.optimizer)
+        self._save(state)
         if self.writer is not None:
             self.writer.close()
         return state
@@ -81,11 +92,19 @@ class Trainer:
     def _step(self, state: TrainState) -> TrainState:
         """Run one step with the logging, validation and saving that fall on it."""
         config = self.plan.config
+        at = self.plan.at(state.step)
+        self._enter(at.phase)
+        micro_batches = [
+            self.batches.batch(state.step, index, self.groups.dp_rank)
+            for index in range(at.num_micro_batches)
+        ]
+        phase_number = self.plan.phases.index(at.phase)
+        self.tokens_read[phase_number] += count_tokens(micro_batches, len(self.batches.domains))
         result = train_step(
             self.plan,
             self.model,
             self.optimizer,
-            self._micro_batches(state.step),
+            [batch.to(self.groups.device) for batch in micro_batches],
             self.groups.collection,
             step=state.step,
             num_domains=len(self.batches.domains),
@@ -93,35 +112,57 @@ class Trainer:
         state = replace(
             state,
             step=state.step + 1,
-            consumed_samples=state.consumed_samples + config.train.global_batch_size,
+            consumed_samples=at.first_sample + at.global_batch_size,
         )
         is_last = state.step == config.train.num_steps
         if state.step % config.logging.interval_steps == 0 or is_last:
-            self._log(result, state.step)
+            self._log(result, state, at)
         if _falls_on(state.step, config.train.eval_interval_steps) or (
             is_last and config.train.eval_interval_steps
         ):
             self._validate(state.step)
         if _falls_on(state.step, config.checkpoint.interval_steps):
-            self.checkpoints.save(state, self.model, self.optimizer)
+            self._save(state)
         return state
 
-    def _micro_batches(self, step: int) -> Sequence[Batch]:
-        return [
-            self.batches.batch(step, index, self.groups.dp_rank).to(self.groups.device)
-            for index in range(self.plan.batch.num_micro_batches)
-        ]
+    def _enter(self, phase: Phase) -> None:
+        """Switch to a phase, unless the run is in it."""
+        if phase is self.phase:
+            return
+        if len(self.plan.phases) > 1:
+            logger.info(
+                "phase %s: steps %d to %d, rows of %d tokens, %d a step",
+                *(phase.name, phase.first_step + 1, phase.first_step + phase.num_steps),
+                *(phase.batch.seq_length, phase.batch.global_batch_size),
+            )
+        enter_phase(self.model, phase)
+        self.phase = phase
 
-    def _log(self, result: StepResult, step: int) -> None:
+    def _save(self, state: TrainState) -> None:
+        state = replace(state, ledger=self._ledger())
+        self.checkpoints.save(state, self.model, self.optimizer)
+
+    def _ledger(self) -> Ledger:
+        """Return the tokens read since the run began. Collective over data-parallel ranks."""
+        read = torch.from_numpy(self.tokens_read).to(self.groups.device, copy=True)
+        torch.distributed.all_reduce(read, group=self.groups.collection.dp)
+        phases, domains = self.plan.phases, self.batches.domains
+        before = ledger_array(phases, domains, self.resumed_ledger)
+        return make_ledger(phases, domains, read.cpu().numpy() + before)
+
+    def _log(self, result: StepResult, state: TrainState, at: StepPlan) -> None:
         loads = _all_stages(load_figures(result), self.groups)
+        ledger = self._ledger()
         if self.writer is None:
             return
+        step = state.step
+        self.writer.write_ledger(step, state.consumed_samples, at.phase.name, ledger)
         record = step_metrics(result, self.batches.domains, loads)
         self.writer.write("metrics", step, record)
         now = time.monotonic()
         step_s = (now - self.logged_at) / max(step - self.logged_step, 1)
         self.logged_at, self.logged_step = now, step
-        tokens_per_s = self.plan.batch.tokens_per_step / step_s
+        tokens_per_s = at.tokens / step_s
         flops_per_s = tokens_per_s * self.plan.cost.flops_per_token
         self.writer.write(
             "timing",
@@ -141,7 +182,7 @@ class Trainer:
 
     def _validate(self, step: int) -> None:
         started = time.monotonic()
-        losses = evaluate(self.model, self.batches, self.groups)
+        losses = evaluate(self.model, self.batches, self.groups, step - 1)
         self.logged_at += time.monotonic() - started
         if self.writer is not None:
             self.writer.write("validation", step, losses)

@@ -80,7 +80,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, *, done_steps: int, tensorboard: bool) -> None:
         self.run_dir = run_dir
-        for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl"):
+        for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl", "ledger.jsonl"):
             _truncate(run_dir / name, done_steps)
         self.board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
@@ -95,6 +95,18 @@ class MetricsWriter:
         if self.board is not None:
             for key, value in record.items():
                 self.board.add_scalar(f"{file}/{key}", value, step)
+
+    def write_ledger(
+        self, step: int, samples: int, phase: str, ledger: dict[str, dict[str, int]]
+    ) -> None:
+        """Append the tokens read so far, by phase and domain, to ledger.jsonl and TensorBoard."""
+        record = {"step": step, "samples": samples, "phase": phase, "tokens": ledger}
+        with (self.run_dir / "ledger.jsonl").open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            for domain in ledger[phase]:
+                read = sum(domains.get(domain, 0) for domains in ledger.values())
+                self.board.add_scalar(f"tokens/{domain}", read, step)
 
     def close(self) -> None:
         """Flush the event files."""

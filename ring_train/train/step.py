@@ -193,5 +193,5 @@ def train_step(
     set_learning_rate(optimizer, lr, plan.config.optim.weight_decay)
     outcome: Any = optimizer.step()  # megatron's base class declares None
     _, grad_norm, _ = outcome
-    loads = finish_router_step(model, groups)
+    loads = finish_router_step(model, groups, plan.at(step).phase.moe_router_bias_update_rate)
     return StepResult(sums, float(grad_norm or 0.0), lr, loads)

@@ -104,15 +104,17 @@ def gradients_by_name(
             "losses": [float(sums.lm_loss), *sums.mtp_means().tolist()],
             "margin": min((router.margin for router in routers(model)), default=torch.inf),
             "gradients": gradients,
-            "loads": _loads(model, groups),
+            "loads": _loads(plan, model, groups),
         }
 
 
-def _loads(model: Any, groups: Groups) -> dict[int, tuple[list[int], float]]:
+def _loads(plan: Plan, model: Any, groups: Groups) -> dict[int, tuple[list[int], float]]:
     """Return {layer number: (tokens per expert, mean squared logsumexp)} of this stage."""
     from ring_train.model.router import finish_router_step
 
-    loads = finish_router_step(model, groups.collection)
+    loads = finish_router_step(
+        model, groups.collection, plan.config.model.moe_router_bias_update_rate
+    )
     return {number: (load.counts.tolist(), float(load.z_loss)) for number, load in loads.items()}
 
 

@@ -46,7 +46,6 @@ class BailingMoeV2Config(PretrainedConfig):
         "norm_topk_prob": True,
         "score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        "rope_scaling": None,
     }
 
     def __init__(self, **kwargs: Any) -> None:
@@ -66,9 +65,21 @@ class BailingMoeV2Config(PretrainedConfig):
                     f"config.json: {key}={kwargs[key]!r}; this modeling file implements "
                     f"{key}={only!r} only"
                 )
-        kwargs.pop("rope_scaling", None)
+        rope_scaling = _checked_rope_scaling(kwargs.pop("rope_scaling", None))
         kwargs["tie_word_embeddings"] = False
         self.num_nextn_predict_layers = kwargs.pop("num_nextn_predict_layers", 0)
         self.initializer_range = kwargs.pop("initializer_range", 0.02)
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
+        self.rope_scaling = rope_scaling
+
+
+def _checked_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return rope_scaling if the modeling file implements it: null, or YaRN by its two numbers."""
+    keys = {"rope_type", "factor", "original_max_position_embeddings"}
+    if scaling is None or (scaling.get("rope_type") == "yarn" and set(scaling) == keys):
+        return scaling
+    raise ValueError(
+        f"config.json: rope_scaling={scaling!r}; this modeling file implements null and "
+        f"rope_type=yarn with {sorted(keys)} only"
+    )

@@ -12,6 +12,7 @@ Shape letters: b batch, s new tokens, p cached tokens, n heads, g key-value head
 h hidden, e experts, k experts per token, t = b * s, v vocabulary.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,28 @@ class Step(NamedTuple):
     mask: Tensor | None
     """[b or 1, 1, s, p + s] bool, True where a query sees a key; None: every key up to itself."""
     cache: BailingMoeV2Cache | None
+
+
+def rope_frequencies(config: BailingMoeV2Config, periods: Tensor) -> tuple[Tensor, float]:
+    """Return frequencies [rotary / 2] and the factor of cos and sin; YaRN with its usual betas.
+
+    YaRN (arXiv 2309.00071): channels that turn more than 32 times over the original context keep
+    their frequency, those that turn less than once are slowed by the full factor.
+    """
+    scaling = config.rope_scaling
+    if scaling is None:
+        return 1.0 / periods, 1.0
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    pairs, base = len(periods), config.rope_theta
+    low, high = (
+        pairs * math.log(context / (turns * 2 * math.pi)) / math.log(base) for turns in (32, 1)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * pairs - 1)
+    width = high - low if high > low else 0.001
+    channels = torch.arange(pairs, device=periods.device).to(periods.dtype)
+    slowed = ((channels - low) / width).clamp(0, 1)
+    frequencies = (1.0 / (factor * periods)) * slowed + (1.0 / periods) * (1 - slowed)
+    return frequencies, 0.1 * math.log(factor) + 1.0
 
 
 def apply_rope(x: Tensor, step: Step) -> Tensor:
@@ -321,10 +344,10 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
         """Return cos and sin [b, 1, s, rotary dims] of positions [b, s]."""
         rotary = int(self.config.head_dim * self.config.partial_rotary_factor)
         exponent = torch.arange(0, rotary, 2, device=position_ids.device).to(dtype) / rotary
-        frequency = 1.0 / (self.config.rope_theta**exponent)
+        frequency, scale = rope_frequencies(self.config, self.config.rope_theta**exponent)
         angle = position_ids[:, None, :, None].to(dtype) * frequency
         angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos(), angle.sin()
+        return angle.cos() * scale, angle.sin() * scale
 
     def forward(
         self,

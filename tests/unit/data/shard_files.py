@@ -53,5 +53,6 @@ def make_data_plan(folder: Path, *, world_size: int = 1, **changes: object) -> P
             for name, weight in (("math", 2.0), ("code", 1.0))
         },
         tokenizer=str(folder / "tokenizer"),
+        index_dir=str(folder / "index"),
     )
     return make_plan(config, world_size)

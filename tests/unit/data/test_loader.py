@@ -108,5 +108,7 @@ def test_no_domain_is_refused(tmp_path: Path) -> None:
 
 def test_more_validation_rows_than_held_out_text_are_refused(tmp_path: Path) -> None:
     plan = make_data_plan(tmp_path, **{"train.eval_steps": 1000})
-    with pytest.raises(DataError, match=r"train.eval_steps=1000 .* = 2000; lower eval_steps"):
+    with pytest.raises(
+        DataError, match=r"train.eval_steps=1000 .* = 2000 of phase train; lower eval_steps"
+    ):
         build_batches(plan)

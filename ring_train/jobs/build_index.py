@@ -1,0 +1,34 @@
+"""Build what a run maps, and check its mixture: `python -m ring_train.jobs.build_index`.
+
+Takes the words of `pretrain`. One process without accelerator; a run that finds the files in
+data.index_dir starts at once, one that does not builds them itself.
+"""
+
+import sys
+import time
+
+from ring_train.config import Config, compose
+from ring_train.plan import make_plan, smallest_world
+from ring_train.runtime.errors import run_job
+
+
+def main(overrides: list[str]) -> None:
+    """Build the index of the run that the overrides describe and print its mixture."""
+    config: Config = compose("build_index", overrides)
+    plan = make_plan(config, smallest_world(config.parallel))
+
+    from ring_train.data.loader import build_batches
+    from ring_train.jobs.mixture_table import mixture_table
+
+    started = time.monotonic()
+    batches = build_batches(plan)
+    for name, stream in batches.mixture.streams.items():
+        epochs = batches.mixture.epochs()[name]
+        for epoch in range(1, int(epochs) + 1):
+            stream.pieces(epoch * stream.epoch_length, plan.batch.seq_length)
+    sys.stdout.write(mixture_table(batches.mixture))
+    sys.stdout.write(f"index ready after {time.monotonic() - started:.2f} s\n")
+
+
+if __name__ == "__main__":
+    run_job(lambda: main(sys.argv[1:]))
