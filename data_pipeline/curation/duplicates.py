@@ -22,6 +22,7 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupCluster,
     MinhashDedupSignature,
 )
+from datatrove.utils.text import TextNormConfig
 
 from data_pipeline.config import PipelineError
 from data_pipeline.curation.nodes import ExactDedup, NearDedup, Step
@@ -144,6 +145,7 @@ def _minhash_config(step: NearDedup) -> MinhashConfig:
         num_buckets=step.num_buckets,
         hashes_per_bucket=step.hashes_per_bucket,
         seed=step.seed,
+        norm_config=TextNormConfig(norm_numbers=step.norm_numbers),
         hash_config=HASH_CONFIG,
     )
 

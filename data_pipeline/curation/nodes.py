@@ -199,6 +199,8 @@ class NearDedup(Step):
     hashes_per_bucket: int = 8
     """Similarity of even odds is about (1 / num_buckets) ** (1 / hashes_per_bucket)."""
     seed: int = 1
+    norm_numbers: bool = True
+    """Numbers count as equal; turn off where documents differ in their numbers alone."""
     language: str = WORDS
 
 

@@ -7,8 +7,8 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer, WordTokenizer, 
 from data_pipeline.config import PipelineError
 from data_pipeline.curation.nodes import WORDS
 
-WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+(?:['\u2019][\p{L}\p{M}]+)*|[^\p{L}\p{M}\p{N}_\s]")
-"""Runs of letters and digits, an apostrophe inside them included, or one other character."""
+WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+(?:['\u2019][\p{L}\p{M}]+)*|([^\p{L}\p{M}\p{N}_\s])\1*")
+"""Runs of letters and digits, an apostrophe inside them included, or of one other character."""
 HASH_CONFIG = HashConfig(precision=64, hash_fc="sha1")
 """datatrove's default, xxhash, is called with str, which xxhash 4 refuses."""
 
@@ -18,7 +18,7 @@ class PlainWords(WhitespaceTokenizer):
 
     def word_tokenize(self, text: str) -> list[str]:
         """Return the words and punctuation marks of a text."""
-        return WORD.findall(text)
+        return [match.group() for match in WORD.finditer(text)]
 
 
 PLAIN_WORDS = PlainWords()

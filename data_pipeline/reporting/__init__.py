@@ -1,0 +1,1 @@
+"""The page about data: `records` reads, `figures` draws, `page` writes HTML."""
