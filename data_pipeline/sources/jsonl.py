@@ -5,20 +5,17 @@ A range holds the lines that begin in it, so every line belongs to one range whe
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
-import zstandard
+import pyarrow as pa
 
-from data_pipeline.config import PipelineError
 from data_pipeline.sources.inputs import Input
 from data_pipeline.sources.records import Fault, Row, SourceOptions, row_of
 
 CHUNK_BYTES = 2**20
-ZST_CHUNK_BYTES = 2**16
-"""Of compressed input a step: what it unpacks to must fit in memory."""
 
 
 def read_range(
@@ -102,7 +99,7 @@ def read_packed(
             yield lines, offset, [fault] if skipping else [], position
             offset += len(pending) if skipping else end
             del pending[: len(pending) if skipping else end]
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error) as error:
         lines = bytes(pending[: pending.rfind(b"\n") + 1])
         detail = f"(byte {offset + len(lines)} of what it unpacks to): {error}"
         yield lines, offset, [Fault("truncated", lines.count(b"\n") + 1, detail)], position
@@ -112,36 +109,28 @@ def read_packed(
 
 
 def _unpacked(source: Input) -> Iterator[tuple[bytes, int]]:
-    """Yield (unpacked bytes, compressed bytes read so far)."""
-    unpack: Callable[[BinaryIO], Iterator[bytes]] = _ungzip if source.kind == "gz" else _unzst
+    """Yield (unpacked bytes, compressed bytes read so far).
+
+    Raises:
+        EOFError: the content is cut or not what it says; zlib.error likewise.
+    """
+    with Path(source.path).open("rb") as stream:
+        unpacked = (
+            gzip.GzipFile(fileobj=stream)
+            if source.kind == "gz"
+            else pa.CompressedInputStream(stream, "zstd")
+        )
+        while chunk := _read_unpacked(unpacked):
+            yield chunk, stream.tell()
+
+
+def _read_unpacked(stream: Any) -> bytes:
     try:
-        with Path(source.path).open("rb") as stream:
-            for chunk in unpack(stream):
-                yield chunk, stream.tell()
+        return stream.read(CHUNK_BYTES)
     except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
+        if error.errno is not None:  # of the disk, not of the content
             raise
-        raise PipelineError(f"{source.path} cannot be read: {error}") from None
-
-
-def _ungzip(stream: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=stream) as unpacked:
-        while chunk := unpacked.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _unzst(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield the content of all frames; zstandard's own reader takes a cut file for whole."""
-    frame = None
-    while chunk := stream.read(ZST_CHUNK_BYTES):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            if data := frame.decompress(chunk):
-                yield data
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the file ends within a frame")
+        raise EOFError(str(error)) from None
 
 
 def _read_exactly(stream: BinaryIO, num_bytes: int) -> bytes:
