@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,10 @@ def open_run(folder: Path) -> tuple[Plan, Batches]:
         raise UserError(f"run={folder} has no plan.json; name the folder of a run that has trained")
     config: Config = read_yaml(folder / "config.yaml")
     world_size = json.loads((folder / "plan.json").read_text())["mesh"]["world_size"]
-    plan = make_plan(config, world_size)
+    data = dataclasses.replace(
+        config.data, index_dir=config.data.index_dir or str(folder / "index")
+    )
+    plan = make_plan(dataclasses.replace(config, data=data), world_size)
     batches = build_batches(plan)
     recorded = json.loads((folder / "data.json").read_text())
     now = batches.data_hashes()

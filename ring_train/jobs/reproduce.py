@@ -127,7 +127,10 @@ def repeated_config(recorded: Recorded, run_dir: Path) -> Config:
     steps += [int(path.name[5:]) for path in saved if path.name[5:].isdigit()]
     config = recorded.config
     train = dataclasses.replace(config.train, stop_after_step=max(steps), time_limit_s=None)
-    return dataclasses.replace(config, run_dir=str(run_dir), train=train)
+    data = dataclasses.replace(
+        config.data, index_dir=config.data.index_dir or str(recorded.folder / "index")
+    )
+    return dataclasses.replace(config, run_dir=str(run_dir), train=train, data=data)
 
 
 def check_data(recorded: Recorded, plan: Plan) -> None:

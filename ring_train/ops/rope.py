@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ring_train.ops.precision import compute_dtype
 
-YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
+YARN_FAST_TURNS, YARN_SLOW_TURNS = 32.0, 1.0
 """Channels that turn more often than the first over the original context keep their frequency;
 those that turn less often than the second are slowed by the full factor."""
 

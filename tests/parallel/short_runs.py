@@ -141,6 +141,10 @@ class SyntheticBatches:
 
         return make_micro_batches(self.plan, step, dp_rank)[micro_batch]
 
-    def validation(self, domain: str, dp_rank: int) -> list[Batch]:
+    def validation(self, domain: str, dp_rank: int, step: int) -> list[Batch]:
         """Return nothing."""
+        return []
+
+    def mixture_record(self) -> list[dict[str, object]]:
+        """Return nothing to compare."""
         return []

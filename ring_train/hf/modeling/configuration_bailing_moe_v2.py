@@ -65,21 +65,40 @@ class BailingMoeV2Config(PretrainedConfig):
                     f"config.json: {key}={kwargs[key]!r}; this modeling file implements "
                     f"{key}={only!r} only"
                 )
-        rope_scaling = _checked_rope_scaling(kwargs.pop("rope_scaling", None))
+        yarn = _yarn(kwargs.pop("rope_scaling", None), kwargs.pop("rope_parameters", None))
         kwargs["tie_word_embeddings"] = False
         self.num_nextn_predict_layers = kwargs.pop("num_nextn_predict_layers", 0)
         self.initializer_range = kwargs.pop("initializer_range", 0.02)
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
-        self.rope_scaling = rope_scaling
+        self.yarn = yarn
+        if yarn is not None:  # transformers 5 reads another name
+            name = "rope_parameters" if hasattr(type(self), "rope_scaling") else "rope_scaling"
+            setattr(self, name, {**yarn, "rope_theta": self.rope_theta})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of `config.json`, position embedding under the name that engines read."""
+        keys = super().to_dict()
+        keys.pop("rope_parameters", None)
+        keys["rope_scaling"] = keys.pop("yarn", None)
+        return keys
 
 
-def _checked_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return rope_scaling if the modeling file implements it: null, or YaRN by its two numbers."""
-    keys = {"rope_type", "factor", "original_max_position_embeddings"}
-    if scaling is None or (scaling.get("rope_type") == "yarn" and set(scaling) == keys):
-        return scaling
+def _yarn(
+    scaling: dict[str, Any] | None, parameters: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return what is said of YaRN under either name; refuse what the modeling file cannot do."""
+    given = scaling or parameters
+    if given is None or given.get("rope_type", given.get("type")) in (None, "default"):
+        return None
+    keys = ("rope_type", "factor", "original_max_position_embeddings")
+    if given.get("rope_type") == "yarn" and not set(given) - {
+        *keys,
+        "rope_theta",
+        "partial_rotary_factor",
+    }:
+        return {key: given[key] for key in keys}
     raise ValueError(
-        f"config.json: rope_scaling={scaling!r}; this modeling file implements null and "
-        f"rope_type=yarn with {sorted(keys)} only"
+        f"config.json: rope_scaling={given!r}; this modeling file implements null and "
+        f"rope_type=yarn with {keys[1:]} only"
     )

@@ -78,7 +78,7 @@ def rope_frequencies(config: BailingMoeV2Config, periods: Tensor) -> tuple[Tenso
     YaRN (arXiv 2309.00071): channels that turn more than 32 times over the original context keep
     their frequency, those that turn less than once are slowed by the full factor.
     """
-    scaling = config.rope_scaling
+    scaling = config.yarn
     if scaling is None:
         return 1.0 / periods, 1.0
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]

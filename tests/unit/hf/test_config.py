@@ -139,7 +139,7 @@ def test_all_missing_and_wrong_keys_are_named_at_once(golden_copy: GoldenCopy) -
     ("name", "values", "match"),
     [
         ("ring_linear_v2", {"linear_rope": False}, "linear_rope=False, but only linear_rope=True"),
-        ("ling_v2", {"rope_scaling": {"type": "yarn"}}, "only rope_scaling=None"),
+        ("ling_v2", {"rope_scaling": {"type": "yarn"}}, "only null and rope_type=yarn with"),
         ("ling_v2", {"score_function": "softmax"}, "only score_function='sigmoid'"),
         ("ring_lite_v1", {"norm_softmax": True}, "only norm_softmax=False"),
     ],
@@ -151,6 +151,19 @@ def test_what_the_trainer_does_not_implement_is_refused(
     edit(folder, **values)
     with pytest.raises(HfError, match=match):
         read_model_config(folder)
+
+
+def test_yarn_is_read_and_written(golden_copy: GoldenCopy) -> None:
+    folder = golden_copy("ring_linear_v2")
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    edit(folder, rope_scaling=scaling, decay_layer_rule="zero_based", max_position_embeddings=256)
+    model = read_model_config(folder)
+    assert model.rotary_scaling_factor == 4
+    assert model.original_max_position_embeddings == 64
+    written = hf_config_dict(model, precision=Precision.fp32)
+    assert (written["rope_scaling"], written["max_position_embeddings"]) == (scaling, 256)
+    shorter = dataclasses.replace(model, max_position_embeddings=64)
+    assert hf_config_dict(shorter, precision=Precision.fp32)["max_position_embeddings"] == 256
 
 
 def test_rotary_dim_stands_for_the_factor(golden_copy: GoldenCopy) -> None:

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ring_train.ops.rope import apply_partial_rope, rotary_angles
 
@@ -28,6 +30,29 @@ def test_angles_are_bit_equal_to_hugging_face_in_fp32(base: float) -> None:
     ):
         assert found.dtype == torch.float32
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dim", "base", "factor", "context"),
+    [(64, 1e4, 4.0, 32768), (128, 6e5, 4.0, 32768), (16, 1e4, 8.0, 64), (64, 1e6, 16.0, 4096)],
+)
+def test_yarn_is_bit_equal_to_transformers(
+    dim: int, base: float, factor: float, context: int
+) -> None:
+    config = PretrainedConfig(
+        head_dim=2 * dim, hidden_size=4 * dim, num_attention_heads=2, max_position_embeddings=1
+    )
+    config.rope_parameters = {
+        **{"rope_type": "yarn", "rope_theta": base, "factor": factor},
+        **{"original_max_position_embeddings": context, "partial_rotary_factor": 0.5},
+    }
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    positions = torch.arange(0, 5000, 7)
+    angles = positions[:, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    cos, sin = rotary_angles(positions, dim, base, yarn=(factor, context))
+    assert torch.equal(cos, angles.cos() * attention_factor)
+    assert torch.equal(sin, angles.sin() * attention_factor)
 
 
 def test_angles_follow_the_formula_in_fp64() -> None:
