@@ -96,7 +96,8 @@ def compose[T](node: type[T], words: Sequence[str], *, root: str, group: str) ->
         merged = OmegaConf.merge(*parts, *(_nested(k, v) for k, v in values.items()))
         return _instance(node, merged, "", f" or {group}=NAME" if preset is None else "")
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise PipelineError(_first_line(error)) from None
+        place = f"{file}: " if isinstance(error, YAMLError) else ""
+        raise PipelineError(f"{place}{_first_line(error)}") from None
 
 
 def typed_node[T](node: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -154,14 +154,14 @@ def _located_documents(
                 if not characters(document):
                     faults.add(Fault("empty", item.number, "is empty"), where)
                 elif (line := _line(document)) is None:
-                    faults.add(Fault("surrogate", item.number, "has a lone surrogate"), where)
+                    faults.add(Fault("not_json", item.number, "holds what JSON cannot"), where)
                 else:
                     yield document, line
             num_read += count
 
 
 def _line(document: Document) -> bytes | None:
-    """Return the JSON of a document, or None if it holds half a UTF-16 pair."""
+    """Return the JSON of a document, or None if its metadata holds bytes or the like."""
     try:
         return document_line(document)
     except TypeError:

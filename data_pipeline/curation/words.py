@@ -7,8 +7,9 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer, WordTokenizer, 
 from data_pipeline.config import PipelineError
 from data_pipeline.curation.nodes import WORDS
 
-WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+(?:['\u2019][\p{L}\p{M}]+)*|([^\p{L}\p{M}\p{N}_\s])\1*")
-"""Runs of letters and digits, an apostrophe inside them included, or of one other character."""
+LETTER = r"[\p{L}\p{M}\p{N}_]"
+WORD = regex.compile(rf"{LETTER}+(?:['\u2019.]{LETTER}+)*|([^\p{{L}}\p{{M}}\p{{N}}_\s])\1*")
+"""Letters and digits, an apostrophe or dot inside them included; or a run of another character."""
 HASH_CONFIG = HashConfig(precision=64, hash_fc="sha1")
 """datatrove's default, xxhash, is called with str, which xxhash 4 refuses."""
 
