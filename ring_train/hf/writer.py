@@ -24,6 +24,7 @@ from ring_train.hf.family import FAMILIES, MODELING_DIR
 from ring_train.hf.reader import open_hf_folder
 from ring_train.hf.shards import INDEX_NAME
 from ring_train.hf.table import Entry, make_table
+from ring_train.plan import context_tokens
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 MAX_SHARD_BYTES = 4 * 2**30
@@ -209,7 +210,10 @@ def _verify(folder: Path, model: ModelConfig) -> None:
 
 
 def expressible_fields(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields that the folder of a model must say; one router group counts as none."""
+    """Return the fields that the folder of a model must say.
+
+    One router group counts as none, and a context that is not stretched needs no original one.
+    """
     is_linear = model.architecture == Architecture.bailing_moe_linear_v2
     unsaid = NOT_IN_FOLDER | (frozenset() if is_linear else LINEAR_FIELDS)
     fields = {
@@ -219,6 +223,9 @@ def expressible_fields(model: ModelConfig) -> dict[str, Any]:
     }
     if model.moe_router_num_groups == 1:
         fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    if model.rotary_scaling_factor == 1:
+        fields["original_max_position_embeddings"] = None
+    fields["max_position_embeddings"] = context_tokens(model, model.rotary_scaling_factor)
     return fields
 
 
