@@ -166,9 +166,14 @@ def _drop_section(folder: str, report: dict[str, Any]) -> Section:
         (
             _picture(drop_bars(bars[:MAX_BARS]), "documents dropped by step and reason"),
             _picture(survival_lines(names, shares), "documents that remain after each step"),
+            _table(["domain", *names], _survival_rows(shares)),
             _table(header, rows),
         ),
     )
+
+
+def _survival_rows(shares: dict[str, list[float]]) -> list[list[str]]:
+    return [[domain, *(f"{100 * x:.1f}%" for x in of)] for domain, of in shares.items()]
 
 
 def _survival(names: list[str], report: dict[str, Any]) -> dict[str, list[float]]:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from data_pipeline.config import PipelineError
 from data_pipeline.curation.arguments import Compression, Curate, Dropped
 from data_pipeline.curation.chain import curate, read_steps
-from data_pipeline.curation.stages import write_tally
+from data_pipeline.curation.passes import Pass, run_block
+from data_pipeline.curation.stages import Stage, write_tally
 from data_pipeline.curation.tally import Tally, check_conservation
 from data_pipeline.documents import Document
 from tests.unit.data_pipeline.curation.corpora import (
@@ -224,6 +225,26 @@ def test_a_half_written_block_is_done_again(tmp_path: Path) -> None:
     )
     assert folder_bytes(tmp_path / "out").keys() == folder_bytes(reference / "out").keys()
     assert kept(tmp_path) == kept(reference)
+
+
+def test_a_block_that_has_its_tally_is_left_alone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "pass-1")
+    task = Pass(
+        source=Stage(tmp_path / "gone"),
+        stage=stage,
+        removal=None,
+        rules=(),
+        signed_for=None,
+        write_dropped=False,
+        with_text=False,
+        zstd=False,
+    )
+    stage.make_folders()
+    with pytest.raises(FileNotFoundError, match="gone"):
+        run_block(task, 0)
+    assert not stage.tally(0).exists()
+    write_tally(stage.tally(0), Tally())
+    run_block(task, 0)
 
 
 def test_a_full_disk_is_reported_and_nothing_is_published(tmp_path: Path) -> None:

@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import PipelineError
+from data_pipeline.curation.arguments import Curate
+from data_pipeline.curation.chain import curate
 from data_pipeline.documents import Document
-from tests.unit.data_pipeline.curation.corpora import curated, drops, kept_ids, prose, reasons
+from tests.unit.data_pipeline.curation.corpora import (
+    curated,
+    drops,
+    kept_ids,
+    prose,
+    reasons,
+    write_corpus,
+)
 
 ITEM = {
     "id": "q1",
@@ -112,7 +121,13 @@ def test_bad_evaluation_files_are_refused(
 
 def test_a_changed_evaluation_set_is_another_curation(tmp_path: Path) -> None:
     path = evaluation(tmp_path, ITEM)
-    decontaminated(tmp_path, prose(2), evaluation=path)
+    config = Curate(
+        input=write_corpus(tmp_path, prose(2)),
+        output=str(tmp_path / "out"),
+        steps={"decontaminate": {"evaluation": path}},
+    )
+    curate(config)
+    curate(config)
     evaluation(tmp_path, ITEM, {"text": prose(1)[0].text})
     with pytest.raises(PipelineError, match="not the result of these steps"):
-        decontaminated(tmp_path, prose(2), evaluation=path)
+        curate(config)
