@@ -22,8 +22,8 @@ from data_pipeline.sources import (
     find_inputs,
 )
 from data_pipeline.tokenization.encoders import (
+    open_fast_encoder,
     read_tokenizer_record,
-    why_not_fast,
 )
 from data_pipeline.tokenization.fingerprints import describe_job
 from data_pipeline.tokenization.journal import Commit, Journal, locked
@@ -162,8 +162,9 @@ def _write(shard: Shard) -> dict[str, Any]:
 def _encode_to_end(shard: Shard, journal: Journal) -> None:
     """Encode what is left; once more, by the reference, if the fast encoder proves wrong."""
     if journal.commit == Commit() and journal.fallback is None:
-        if reason := why_not_fast(shard.tokenizer_path):
-            journal.restart(shard.job, reason)
+        encoder = open_fast_encoder(shard.tokenizer_path)
+        if isinstance(encoder, str):
+            journal.restart(shard.job, encoder)
     elif journal.commit != Commit():
         logger.info("%s: going on after document %d", shard.prefix, journal.commit.size.documents)
     if journal.fallback is not None:

@@ -26,36 +26,42 @@ def read_range(
         first = max(0, start - 1)
         stream.seek(first)
         data = _read_exactly(stream, stop - first)
-        if start:
-            newline = data.find(b"\n")
-            first += newline + 1
-            data = data[newline + 1 :] if newline >= 0 else b""
-        if not data or data.endswith(b"\n"):
-            return parse_lines(data, first, options)
-        line_start = data.rfind(b"\n") + 1
-        rest = _rest_of_line(stream, options.max_document_bytes - (len(data) - line_start))
-    if rest is not None:
-        return parse_lines(data + rest, first, options)
-    items, num_lines = parse_lines(data[:line_start], first, options)
-    items.append(_too_long(num_lines + 1, first + line_start, options))
-    return items, num_lines + 1
+        begin = data.find(b"\n") + 1 if start else 0
+        if start and not begin:
+            return [], 0
+        end = data.rfind(b"\n") + 1
+        items, num_lines = parse_lines(data, first, options, begin, end)
+        if end == len(data):
+            return items, num_lines
+        rest = _rest_of_line(stream, options.max_document_bytes - (len(data) - end))
+    if rest is None:
+        last: Row | Fault = _too_long(num_lines + 1, first + end, options)
+    else:
+        line = memoryview((data[end:] + rest).removesuffix(b"\n"))
+        last = _parse_line(line, num_lines + 1, first + end, options)
+    return [*items, last], num_lines + 1
 
 
-def parse_lines(data: bytes, offset: int, options: SourceOptions) -> tuple[list[Row | Fault], int]:
+def parse_lines(
+    data: bytes, offset: int, options: SourceOptions, begin: int = 0, end: int | None = None
+) -> tuple[list[Row | Fault], int]:
     """Return the rows and faults of whole lines, and how many lines there are.
 
     Args:
         data: lines, each but the last of a file ended by a newline.
         offset: of `data` in its file, for messages.
         options: keys and limits.
+        begin: where in `data` the first line begins.
+        end: where the last line has ended; the end of `data` unless given.
     """
     view = memoryview(data)
+    stop = len(data) if end is None else end
     items: list[Row | Fault] = []
-    number = start = 0
-    while start < len(data):
+    number, start = 0, begin
+    while start < stop:
         number += 1
-        end = data.find(b"\n", start)
-        line = view[start : end if end >= 0 else len(data)]
+        newline = data.find(b"\n", start, stop)
+        line = view[start : newline if newline >= 0 else stop]
         if len(line) > options.max_document_bytes:
             items.append(_too_long(number, offset + start, options))
         else:

@@ -28,9 +28,11 @@ class Encoding:
 
     def open(self) -> Encoder:
         """Return the encoder."""
-        if self.fast:
-            return open_fast_encoder(self.tokenizer)
-        return ReferenceEncoder(self.tokenizer)
+        if not self.fast:
+            return ReferenceEncoder(self.tokenizer)
+        encoder = open_fast_encoder(self.tokenizer)
+        assert not isinstance(encoder, str), encoder
+        return encoder
 
 
 @dataclasses.dataclass(slots=True)

@@ -47,10 +47,11 @@ class FastEncoder:
     a second, and is no faster.
     """
 
-    def __init__(self, path: Path) -> None:
-        config = orjson.loads(path.read_bytes())
-        config["added_tokens"] = [t for t in config["added_tokens"] if not t["special"]]
-        self._encode = gigatoken.Tokenizer.from_json(orjson.dumps(config)).backend.encode
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Load what a tokenizer.json says, without its special tokens."""
+        texts = [token for token in config["added_tokens"] if not token["special"]]
+        plain = orjson.dumps({**config, "added_tokens": texts})
+        self._encode = gigatoken.Tokenizer.from_json(plain).backend.encode
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
@@ -70,9 +71,20 @@ class ReferenceEncoder:
 
 
 @functools.lru_cache(maxsize=1)
-def open_fast_encoder(path: Path) -> FastEncoder:
-    """Return the fast encoder of a tokenizer.json; loading takes half a second."""
-    return FastEncoder(path)
+def open_fast_encoder(path: Path) -> FastEncoder | str:
+    """Return the fast encoder of a tokenizer.json, or what it is not known to do alike."""
+    config = orjson.loads(path.read_bytes())
+    reason = (
+        _model_reason(config["model"])
+        or _splitter_reason(config)
+        or _added_tokens_reason(config["added_tokens"])
+    )
+    if reason:
+        return reason
+    try:
+        return FastEncoder(config)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        return f"gigatoken does not load it: {error}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,23 +109,6 @@ def read_tokenizer_record(path: Path) -> TokenizerRecord:
     if eos_token_id is None:
         raise PipelineError(f"{path} has no {EOS}; train one with data_pipeline.train_tokenizer")
     return TokenizerRecord(file_sha256(path), tokenizer.get_vocab_size(), eos_token_id)
-
-
-def why_not_fast(path: Path) -> str | None:
-    """Return what of a tokenizer.json the fast encoder is not known to do alike, or None."""
-    config = orjson.loads(path.read_bytes())
-    reason = (
-        _model_reason(config["model"])
-        or _splitter_reason(config)
-        or _added_tokens_reason(config["added_tokens"])
-    )
-    if reason:
-        return reason
-    try:
-        open_fast_encoder(path)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        return f"gigatoken does not load it: {error}"
-    return None
 
 
 def _model_reason(model: dict[str, Any]) -> str | None:

@@ -79,7 +79,7 @@ class ShardRun:
         blocks = workers.encode(self._blocks())
         if reference and commit == Commit():
             fast = encoding.open()
-            checked, _ = check_first_documents(inputs, self._shard.options, fast, reference)
+            checked = check_first_documents(inputs, self._shard.options, fast, reference)
             commit.referee_first_documents = checked
         total = sum(source.num_bytes for source in inputs)
         before = sum(source.num_bytes for source in inputs[: commit.input])

@@ -13,8 +13,8 @@ from data_pipeline.config import PipelineError
 from data_pipeline.tokenization.encoders import (
     FastEncoder,
     ReferenceEncoder,
+    open_fast_encoder,
     read_tokenizer_record,
-    why_not_fast,
 )
 from data_pipeline.train_tokenizer import TrainTokenizer, train_tokenizer
 
@@ -56,8 +56,13 @@ def encoders(request: pytest.FixtureRequest, small: Path) -> tuple[FastEncoder, 
     if request.param == "151k" and not LARGE.exists():
         pytest.skip(f"{LARGE.name} of 151k entries is not beside this checkout")
     path = small if request.param == "trained" else LARGE
-    assert why_not_fast(path) is None
-    return FastEncoder(path), ReferenceEncoder(path)
+    return fast_encoder(path), ReferenceEncoder(path)
+
+
+def fast_encoder(path: Path) -> FastEncoder:
+    encoder = open_fast_encoder(path)
+    assert isinstance(encoder, FastEncoder), encoder
+    return encoder
 
 
 def test_both_encoders_agree_on_adversarial_text(
@@ -101,7 +106,7 @@ def test_control_tokens_in_text_stay_text_and_others_are_ids(small: Path) -> Non
     config = json.loads(small.read_text())
     ids = {token["content"]: token["id"] for token in config["added_tokens"]}
     text = "<|endoftext|><role><think><|role_end|></think>"
-    for encoder in (FastEncoder(small), ReferenceEncoder(small)):
+    for encoder in (fast_encoder(small), ReferenceEncoder(small)):
         found = set(encoder.encode([text])[0].tolist())
         assert {ids["<think>"], ids["</think>"]} <= found
         assert not found & {ids["<|endoftext|>"], ids["<role>"], ids["<|role_end|>"]}
@@ -154,7 +159,9 @@ def test_what_the_fast_encoder_might_do_otherwise_is_named(
     change(config)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(config))
-    assert reason in (why_not_fast(path) or "")
+    found = open_fast_encoder(path)
+    assert isinstance(found, str)
+    assert reason in found
 
 
 def test_truncation_in_the_tokenizer_cuts_no_document(small: Path, tmp_path: Path) -> None:

@@ -39,9 +39,7 @@ def test_a_dead_worker_is_named(
         os._exit(9)
 
     monkeypatch.setattr(FastEncoder, "encode", die)
-    monkeypatch.setattr(
-        "data_pipeline.tokenization.shard_run.check_first_documents", lambda *_: (64, 0)
-    )
+    monkeypatch.setattr("data_pipeline.tokenization.shard_run.check_first_documents", lambda *_: 64)
     with pytest.raises(PipelineError, match=r"a worker died .killed, or out of memory"):
         run(corpus, tmp_path / "shard", workers=2)
 
