@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from data_pipeline.config import PipelineError, nearest, typed_node
 from data_pipeline.curation.arguments import Compression, Curate, Dropped
 from data_pipeline.curation.contamination import build_index, evaluation_files
 from data_pipeline.curation.duplicates import check_num_blocks, find_duplicates
-from data_pipeline.curation.nodes import STEPS, WHOLE_CORPUS, Decontaminate, NearDedup
+from data_pipeline.curation.nodes import STEPS, WHOLE_CORPUS, Decontaminate, NearDedup, Sample
 from data_pipeline.curation.output import FORMAT_VERSION, REPORT, publish
 from data_pipeline.curation.passes import NamedStep, Pass, prepared_folder, run_block, split_passes
 from data_pipeline.curation.reading import Corpus, read_corpus
@@ -120,6 +120,7 @@ def _run(
     passes = split_passes(steps)
     removal = None
     tally = _sum_tallies(source, corpus.num_blocks)
+    _check_domains(steps, tally.by_domain("read"))
     for number, (rules, signed_for) in enumerate(passes, start=1):
         stage = Stage(work / f"pass-{number}")
         task = Pass(
@@ -139,7 +140,26 @@ def _run(
         _log_drops(done, removal, rules)
         tally.merge(done)
         source, removal = stage, signed_for
+    for domain in sorted(tally.by_domain("read").keys() - tally.by_domain("kept").keys()):
+        logger.warning("domain %s: no document is left", domain)
     return corpus, tally
+
+
+def _check_domains(steps: list[NamedStep], domains: Iterable[str]) -> None:
+    """Check that the steps name only domains that there are.
+
+    Raises:
+        PipelineError: a step would look at nothing; the nearest domain is named.
+    """
+    known = set(domains)
+    for named in steps:
+        fractions = named.step.by_domain if isinstance(named.step, Sample) else {}
+        for domain in (*named.step.domains, *fractions):
+            if domain not in known:
+                raise PipelineError(
+                    f"steps.{named.name} names the domain {domain!r}, which no document "
+                    f"has{nearest(domain, known)}"
+                )
 
 
 def _run_pass(task: Pass, num_blocks: int, pool: Executor, title: str) -> None:

@@ -4,6 +4,7 @@ datatrove's own indexer imports lighteval and downloads its tasks; this one read
 writes the same files: NAME.index.hashes, 64-bit hashes of the n-grams.
 """
 
+import glob
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
 from data_pipeline.config import PipelineError
 from data_pipeline.curation.nodes import Decontaminate
 from data_pipeline.curation.words import HASH_CONFIG, word_tokenizer
-from data_pipeline.documents import expand_glob
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ def evaluation_files(step: Decontaminate) -> list[Path]:
     Raises:
         PipelineError: there is none, or two of the same stem.
     """
-    paths = expand_glob(step.evaluation)
+    paths = [Path(name) for name in sorted(glob.glob(step.evaluation, recursive=True))]
+    if not paths:
+        raise PipelineError(f"evaluation={step.evaluation} matches no file; quote a glob")
     stems = [path.stem for path in paths]
     for stem in stems:
         if stems.count(stem) > 1:

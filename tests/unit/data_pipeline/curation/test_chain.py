@@ -319,6 +319,23 @@ def test_wrong_steps_are_refused_before_anything_is_read(
         read_steps(steps)
 
 
+@pytest.mark.parametrize(
+    "step", [{"step": "length", "domains": ["pros"]}, {"step": "sample", "by_domain": {"pros": 1}}]
+)
+def test_a_domain_that_no_document_has_is_refused(tmp_path: Path, step: dict[str, Any]) -> None:
+    with pytest.raises(PipelineError, match=r"steps.a names .*'pros'.* did you mean 'prose'"):
+        curated(tmp_path, prose(2), {"a": step})
+
+
+def test_a_domain_that_loses_all_documents_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = Document("short", "short", "web")
+    report = curated(tmp_path, [*prose(2), short], {"length": {"min_characters": 100}})
+    assert "domain web: no document is left" in caplog.text
+    assert report["domains"]["kept"].keys() == {"prose"}
+
+
 @pytest.mark.parametrize("name", ["workers", "block_documents", "file_bytes"])
 def test_numbers_below_one_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(PipelineError, match=f"{name}=0 is below 1"):
