@@ -4,15 +4,12 @@ Work in progress lies in OUTPUT.partial. A rerun with the same steps and inputs 
 blocks from there and does the rest; with others it starts afresh.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,14 @@ from data_pipeline.curation.arguments import Compression, Curate, Dropped
 from data_pipeline.curation.contamination import build_index, evaluation_files
 from data_pipeline.curation.duplicates import check_num_blocks, find_duplicates
 from data_pipeline.curation.nodes import STEPS, WHOLE_CORPUS, Decontaminate, NearDedup, Sample
-from data_pipeline.curation.output import FORMAT_VERSION, REPORT, publish
+from data_pipeline.curation.output import FORMAT_VERSION, publish
 from data_pipeline.curation.passes import NamedStep, Pass, prepared_folder, run_block, split_passes
 from data_pipeline.curation.reading import Corpus, read_corpus
 from data_pipeline.curation.rules import build_rule
 from data_pipeline.curation.stages import Stage, read_tally, write_record
 from data_pipeline.curation.tally import Tally
 from data_pipeline.curation.words import word_tokenizer
+from data_pipeline.curation.work_folder import claim, is_finished, locked
 from data_pipeline.curation.workers import run_all, start_workers
 from data_pipeline.documents import file_sha256
 from data_pipeline.sources import Input, find_inputs
@@ -51,14 +49,14 @@ def curate(config: Curate) -> None:
     inputs = find_inputs(config.input)
     output, work = Path(config.output), Path(f"{config.output}.partial")
     identity = _identity(config, steps, inputs)
-    if _is_finished(output, identity):
+    if is_finished(output, identity):
         shutil.rmtree(work, ignore_errors=True)
         logger.info("%s is finished already", output)
         return
     started_s = time.monotonic()
     try:
-        with _locked(work), start_workers(config.workers) as pool:
-            _claim(work, identity)
+        with locked(work), start_workers(config.workers) as pool:
+            claim(work, identity)
             corpus, tally = _run(config, steps, inputs, work, pool)
             publish(config, steps, corpus, tally, work)
             shutil.rmtree(work)
@@ -208,50 +206,3 @@ def _identity(config: Curate, steps: list[NamedStep], inputs: list[Input]) -> st
     }
     data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
     return hashlib.sha256(data).hexdigest()
-
-
-def _is_finished(output: Path, identity: str) -> bool:
-    """Return whether the folder holds the result of just this curation.
-
-    Raises:
-        PipelineError: it holds something else.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    report = output / REPORT
-    if report.is_file() and orjson.loads(report.read_bytes())["identity"] == identity:
-        return True
-    raise PipelineError(
-        f"output={output} exists and is not the result of these steps and inputs; remove it or "
-        "give another folder"
-    )
-
-
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Create the work folder and hold a lock on it, so that two commands never share it."""
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not work.exists() or os.fstat(descriptor).st_ino != work.stat().st_ino:
-            raise BlockingIOError
-        yield
-    except BlockingIOError:
-        raise PipelineError(
-            f"{work} is in use by another curation; wait for it or give another output"
-        ) from None
-    finally:
-        os.close(descriptor)
-
-
-def _claim(work: Path, identity: str) -> None:
-    """Keep the work folder of an interrupted run of the same curation, remove any other."""
-    mark = work / "identity"
-    if mark.is_file() and mark.read_text() == identity:
-        logger.info("%s: going on with an interrupted run", work)
-        return
-    mark.unlink(missing_ok=True)
-    for entry in work.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    mark.write_text(identity)
