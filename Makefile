@@ -30,7 +30,7 @@ $(INSTALLED): requirements/dev.txt requirements/uv.txt pyproject.toml
 	if [ -z "$$found" ]; then echo "Python 3.12 is not on the PATH; install it" >&2; exit 1; fi; \
 	[ -x $(PYTHON) ] || $$found -m venv .venv
 	[ -x $(UV) ] || $(PYTHON) -m pip install --quiet --require-hashes -r requirements/uv.txt
-	$(UV) pip sync --quiet --python $(PYTHON) requirements/dev.txt
+	$(UV) pip sync --quiet --compile-bytecode --python $(PYTHON) requirements/dev.txt
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -49,7 +49,7 @@ test-hf457: $(INSTALLED_HF457)  ## exported folders in transformers 4.57, in an 
 
 $(INSTALLED_HF457): requirements/hf457.txt $(INSTALLED)
 	[ -x $(HF457) ] || $(UV) venv --quiet --python $(PYTHON) .venv-hf457
-	$(UV) pip sync --quiet --python $(HF457) requirements/hf457.txt
+	$(UV) pip sync --quiet --compile-bytecode --python $(HF457) requirements/hf457.txt
 	@touch $@
 
 lint: $(INSTALLED)  ## format, lint, types and import layers

@@ -6,8 +6,7 @@ assignment problem, Discrete Mathematics 32, 1980), and earliest deadline first 
 
 The state of the schedule is only how often each domain was taken. It is kept at the start of every
 block of samples; inside a block the schedule is run again, so any sample is found in milliseconds
-and a billion samples need megabytes. One function runs interpreted for short stretches and, through
-numba, compiled for long ones.
+and a billion samples need megabytes.
 """
 
 import functools
@@ -17,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ring_train.data.compiled import quick
+
 BLOCK_SAMPLES = 4096
 INTERPRETED_STEPS = 20_000
-"""Up to here running in Python is quicker than importing numba."""
 FAR = 1 << 62
 
 
@@ -104,22 +104,15 @@ def block_states(shares: Sequence[int], num_samples: int) -> np.ndarray:
     steps = (blocks - 1) * BLOCK_SAMPLES  # what the last block does is seen when it is run
     state: list[Any] = [reduced, *_job_state(reduced, [0] * len(reduced)), [0] * len(reduced)]
     unread: Any = [0] * BLOCK_SAMPLES
-    advance: Callable[..., None] = _advance
-    if steps > INTERPRETED_STEPS and _slack(reduced) * sum(reduced) < FAR:
-        advance = _compiled_advance()
+    fits = _slack(reduced) * sum(reduced) < FAR  # in 64 bits; Python's integers have no end
+    advance = quick(_advance, steps if fits else 0, INTERPRETED_STEPS)
+    if advance is not _advance:
         state = [np.array(values, dtype=np.int64) for values in state]
         unread = np.zeros(BLOCK_SAMPLES, dtype=np.int64)
     for block in range(1, blocks):
         advance(*state, (block - 1) * BLOCK_SAMPLES, unread, unread)
         states[block] = state[-1]
     return states
-
-
-@functools.cache
-def _compiled_advance() -> Callable[..., None]:
-    import numba
-
-    return numba.njit(cache=True)(_advance)
 
 
 def _job_state(shares: Sequence[int], taken: Sequence[int]) -> tuple[list[int], ...]:

@@ -8,17 +8,15 @@ arXiv 2404.10830, section 3.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from ring_train.data.compiled import quick
 from ring_train.data.errors import DataError
 from ring_train.data.shards import Shard
 
 INTERPRETED_PIECES = 2_000
-"""Up to here packing in Python is quicker than importing numba."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,24 +84,15 @@ def pack_rows(
 def _packed(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """Return (row of each piece [n] int64, number of rows) of pieces in the order given."""
     leaves = 1 << capacity.bit_length()
-    if len(lengths) <= INTERPRETED_PIECES:
-        rows = [0] * len(lengths)
-        scratch = ([-1] * (capacity + 1), [-1] * len(lengths), [0] * (2 * leaves))
-        num_rows = _best_fit(lengths.tolist(), capacity, leaves, *scratch, rows)
-        return np.array(rows, dtype=np.int64), num_rows
-    heads = np.full(capacity + 1, -1, dtype=np.int64)
-    nexts = np.full(len(lengths), -1, dtype=np.int64)
-    tree = np.zeros(2 * leaves, dtype=np.int64)
-    rows_array = np.zeros(len(lengths), dtype=np.int64)
-    num_rows = _compiled_best_fit()(lengths, capacity, leaves, heads, nexts, tree, rows_array)
-    return rows_array, num_rows
-
-
-@functools.cache
-def _compiled_best_fit() -> Callable[..., int]:
-    import numba
-
-    return numba.njit(cache=True)(_best_fit)
+    scratch: list[Any] = [[-1] * (capacity + 1), [-1] * len(lengths), [0] * (2 * leaves)]
+    pieces: Any = lengths.tolist()
+    rows: Any = [0] * len(lengths)
+    best_fit = quick(_best_fit, len(lengths), INTERPRETED_PIECES)
+    if best_fit is not _best_fit:
+        scratch = [np.array(values, dtype=np.int64) for values in scratch]
+        pieces, rows = lengths, np.zeros(len(lengths), dtype=np.int64)
+    num_rows = best_fit(pieces, capacity, leaves, *scratch, rows)
+    return np.array(rows, dtype=np.int64), num_rows
 
 
 def _best_fit(  # noqa: C901  (compiled as one function)

@@ -1,7 +1,7 @@
 """The rows of one domain, as a pure function of (seed, name, position).
 
-An epoch is one pass over a domain in an order of its own, shuffled by sorting random 64-bit words:
-the words of numpy's Philox bit generator are the same in every version, its permutations are not.
+An epoch is one pass over a domain in an order of its own. It is shuffled here, with words of
+numpy's Philox bit generator, which are the same in every version; its permutations need not be.
 
 - contiguous: the documents of an epoch lie end to end and epochs follow each other. The row at
   position p covers tokens p .. p + s: s tokens and the label of the last, which is also the first
@@ -18,9 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ring_train.data.batch import Row
+from ring_train.data.compiled import quick
 from ring_train.data.index import IndexFolder
 from ring_train.data.packing import PackedRows, pack_rows
 from ring_train.data.shards import Shard
+
+INTERPRETED_SHUFFLE = 50_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -266,8 +269,21 @@ def stream_key(seed: int, name: str) -> int:
 
 def shuffled(count: int, key: int, epoch: int) -> np.ndarray:
     """Return 0..count-1 in a random order as uint32: a pure function of the arguments."""
-    words = np.random.Philox(key=[key, epoch]).random_raw(count)
-    bits = np.uint64(max(1, (count - 1).bit_length()))
-    words = (words >> bits << bits) | np.arange(count, dtype=np.uint64)
-    words.sort()
-    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.uint32)
+    words = (np.random.Philox(key=[key, epoch]).random_raw(count) >> np.uint64(33)).astype(np.int64)
+    shuffle = quick(_shuffle, count, INTERPRETED_SHUFFLE)
+    if shuffle is _shuffle:
+        order = list(range(count))
+        shuffle(order, words.tolist())
+        return np.array(order, dtype=np.uint32)
+    numbers = np.arange(count, dtype=np.uint32)
+    shuffle(numbers, words)
+    return numbers
+
+
+def _shuffle(order: Any, words: Any) -> None:
+    """Shuffle in place by R. Durstenfeld's algorithm with 31-bit random words."""
+    for last in range(len(order) - 1, 0, -1):
+        chosen = (words[last] * (last + 1)) >> 31
+        kept = order[last]
+        order[last] = order[chosen]
+        order[chosen] = kept
