@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ring_train.config import DryRunConfig, compose
 from ring_train.errors import UserError
-from ring_train.plan import Plan, make_plan, plan_record, smallest_world
+from ring_train.plan import Phase, Plan, make_plan, plan_record, smallest_world
 
 USER_ERROR_STATUS = 2
 
@@ -117,18 +117,45 @@ def _stage(plan: Plan, stage: int) -> str:
 
 
 def _batch_rows(plan: Plan) -> list[Row]:
-    batch, train = plan.batch, plan.config.train
+    train = plan.config.train
+    run = ("run", f"{train.num_steps:,} steps = {plan.total_tokens:,} tokens, {train.precision}")
+    if not plan.config.phases:
+        return [("step", _step(plan.phases[0])), run]
+    return [run, *(row for phase in plan.phases for row in _phase_rows(phase))]
+
+
+def _phase_rows(phase: Phase) -> list[Row]:
+    """Return where a phase begins, what its steps are, and the share of each domain."""
+    last = phase.first_step + phase.num_steps
+    tokens = f"{phase.num_tokens:,} tokens"
+    rows = [(f"phase {phase.name}", f"steps {phase.first_step + 1:,} to {last:,} = {tokens}")]
+    rows.append(("", _step(phase)))
+    if len(phase.ramp) > 1:
+        sizes = ", ".join(f"{size:,} from step {step + 1:,}" for step, _, size in phase.ramp)
+        rows.append(("", f"rows of a step: {sizes}"))
+    scaling = f", stretched {phase.rotary_scaling_factor:g} times"
+    stretched = scaling if phase.rotary_scaling_factor != 1 else ""
+    rate = phase.moe_router_bias_update_rate
+    rows.append(("", f"rope base {phase.rotary_base:g}{stretched}, expert-bias rate {rate:g}"))
+    total = sum(phase.shares.values())
+    for name, share in phase.shares.items():
+        if share:
+            about = "" if phase.num_samples % total == 0 else "about "
+            part = f"{about}{phase.num_tokens * share // total:,} tokens"
+            rows.append(("", f"{name}: {share / total:.2%}, {part}"))
+    return rows
+
+
+def _step(phase: Phase) -> str:
+    batch = phase.batch
     row = f"{batch.global_batch_size:,} rows of {batch.seq_length:,} tokens"
     micro = f"{batch.num_micro_batches:,} micro batches of {batch.micro_batch_size} per rank"
-    return [
-        ("step", f"{row} = {batch.tokens_per_step:,} tokens, {micro}, {train.precision}"),
-        ("run", f"{train.num_steps:,} steps = {plan.total_tokens:,} tokens"),
-    ]
+    return f"{row} = {batch.tokens_per_step:,} tokens, {micro}"
 
 
 def _cost_rows(plan: Plan) -> list[Row]:
     cost = plan.cost
-    run_flops = cost.flops_per_token * plan.total_tokens
+    run_flops = sum(plan.flops_per_token(phase) * phase.num_tokens for phase in plan.phases)
     mtp = f"{_count(cost.num_mtp_parameters)}, {_count(cost.num_active_mtp_parameters)} active"
     per_token = f"{cost.flops_per_token / 1e9:,.3f} GFLOP per token, forward and backward"
     return [

@@ -35,6 +35,10 @@ class Plan:
         """Tokens of the whole run."""
         return sum(phase.num_tokens for phase in self.phases)
 
+    def flops_per_token(self, phase: Phase) -> float:
+        """Return the forward and backward FLOP of one token at a phase's row length."""
+        return make_cost(self.config.model, self.layers, phase.batch.seq_length).flops_per_token
+
     def at(self, step: int) -> StepPlan:
         """Return what a step, counted from 0, reads."""
         return step_plan(self.phases, step)

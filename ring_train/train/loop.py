@@ -163,7 +163,7 @@ class Trainer:
         step_s = (now - self.logged_at) / max(step - self.logged_step, 1)
         self.logged_at, self.logged_step = now, step
         tokens_per_s = at.tokens / step_s
-        flops_per_s = tokens_per_s * self.plan.cost.flops_per_token
+        flops_per_s = tokens_per_s * self.plan.flops_per_token(at.phase)
         self.writer.write(
             "timing",
             step,

@@ -1,5 +1,6 @@
 """Micro batches against a loop over tokens that states the rules one by one."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from ring_train.data.batch import Row, make_batch, pack_documents
 def naive_row(row: Row, *, document_isolation: bool, num_mtp: int) -> list[dict[str, Any]]:
     """Return per position: label, position, and per depth (token, label); None where masked."""
     s = len(row.tokens) - 1
+    end = s - row.num_padding if row.num_padding else s + 1
+    mask = [True] * (s + 1) if row.loss_mask is None else row.loss_mask.tolist()
     starts = set(row.document_starts.tolist()) if document_isolation else set()
     document_of, first_of = [], []
     for i in range(s + 1):
@@ -22,14 +25,18 @@ def naive_row(row: Row, *, document_isolation: bool, num_mtp: int) -> list[dict[
         first_of.append(i if begins else first_of[-1])
 
     def ahead(i: int, k: int) -> int | None:
-        exists = i + k <= s and document_of[i + k] == document_of[i]
+        exists = i + k < min(s + 1, end) and document_of[i + k] == document_of[i]
         return int(row.tokens[i + k]) if exists else None
+
+    def label(i: int, k: int) -> int | None:
+        return ahead(i, k) if i + k <= s and mask[i + k] else None
 
     return [
         {
-            "label": ahead(i, 1),
+            "label": label(i, 1),
+            "real": i < end,
             "position": i - first_of[i],
-            "mtp": [(ahead(i, k), ahead(i, k + 1)) for k in range(1, num_mtp + 1)],
+            "mtp": [(ahead(i, k), label(i, k + 1)) for k in range(1, num_mtp + 1)],
             "begins": first_of[i] == i,
         }
         for i in range(s)
@@ -44,14 +51,25 @@ def rows(draw: st.DrawFn) -> list[Row]:
         tokens = draw(st.lists(st.integers(1, 50), min_size=s + 1, max_size=s + 1))
         starts = sorted(draw(st.sets(st.integers(1, s), max_size=4)))
         domain = draw(st.integers(0, 2))
-        made.append(Row(np.array(tokens), domain, np.array(starts, dtype=np.int64)))
+        mask = draw(st.none() | st.lists(st.booleans(), min_size=s + 1, max_size=s + 1))
+        row = Row(np.array(tokens), domain, np.array(starts, dtype=np.int64))
+        made.append(dataclasses.replace(row, loss_mask=None if mask is None else np.array(mask)))
     return made
 
 
-@given(rows(), st.booleans(), st.integers(0, 3), st.integers(1, 8))
+def padded(row: Row, num_real: int) -> Row:
+    """Return the row with nothing after its first positions."""
+    s = len(row.tokens) - 1
+    starts = sorted({*row.document_starts[row.document_starts < num_real].tolist(), num_real})
+    return dataclasses.replace(row, document_starts=np.array(starts), num_padding=s - num_real)
+
+
+@given(rows(), st.booleans(), st.integers(0, 3), st.integers(1, 8), st.data())
 def test_batch_equals_the_loop(
-    rows: list[Row], document_isolation: bool, num_mtp: int, multiple: int
+    rows: list[Row], document_isolation: bool, num_mtp: int, multiple: int, data: st.DataObject
 ) -> None:
+    if document_isolation and data.draw(st.booleans()):
+        rows = [padded(row, data.draw(st.integers(1, len(row.tokens) - 1))) for row in rows]
     batch = make_batch(
         rows,
         document_isolation=document_isolation,
@@ -62,18 +80,24 @@ def test_batch_equals_the_loop(
     expected = [position for row in rows for position in naive_row(row, **options)]
     t = len(expected)
     assert len(batch.tokens) % multiple == 0
-    assert batch.num_padding == len(batch.tokens) - t < multiple
-    padding = [None] * batch.num_padding
+    filled = len(batch.tokens) - t
+    assert filled < multiple
+    real = [position["real"] for position in expected] + [False] * filled
+    assert batch.padding_mask.tolist() == [not x for x in real]
+    assert batch.num_padding == real.count(False)
+    padding = [None] * filled
     labels = [position["label"] for position in expected] + padding
     assert batch.tokens[:t].tolist() == [int(x) for row in rows for x in row.tokens[:-1]]
     assert batch.labels.tolist() == [label or 0 for label in labels]
     assert batch.loss_mask.tolist() == [label is not None for label in labels]
     positions = [position["position"] for position in expected]
-    assert batch.position_ids.tolist() == positions + list(range(batch.num_padding))
-    ends = [t, *([t + batch.num_padding] if batch.num_padding else [])]
+    assert batch.position_ids.tolist() == positions + list(range(filled))
+    ends = [t, *([t + filled] if filled else [])]
     begins = [i for i, position in enumerate(expected) if position["begins"]]
     assert batch.cu_seqlens.tolist() == begins + ends
-    assert batch.domains[:t].tolist() == [r.domain for r in rows for _ in r.tokens[:-1]]
+    domains = [r.domain for r in rows for _ in r.tokens[:-1]]
+    wanted_domains = [d if x else 0 for d, x in zip(domains, real, strict=False)]
+    assert batch.domains[:t].tolist() == wanted_domains
     for depth in range(num_mtp):
         seen = [position["mtp"][depth][0] for position in expected] + padding
         wanted = [position["mtp"][depth][1] for position in expected] + padding
@@ -96,6 +120,7 @@ def test_dtypes_and_shapes_are_as_documented() -> None:
         "mtp_tokens": ([0, 16], int64),
         "mtp_labels": ([0, 16], int64),
         "mtp_loss_mask": ([0, 16], torch.bool),
+        "padding_mask": ([16], torch.bool),
     }
     for name, (shape, dtype) in expected.items():
         assert (list(tensors[name].shape), tensors[name].dtype) == (shape, dtype), name
