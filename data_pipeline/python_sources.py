@@ -184,6 +184,8 @@ def _relative(path: Path, package: str) -> str:
     parts = path.parts
     if package in parts:
         return "/".join(parts[len(parts) - 1 - parts[::-1].index(package) :])
+    if path.name == "METADATA":  # several distributions may share one import name
+        return f"{package}/{path.parent.name}/{path.name}"
     return f"{package}/{path.name}"
 
 

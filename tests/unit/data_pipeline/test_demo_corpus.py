@@ -137,3 +137,18 @@ def test_too_little_text_to_hold_out_is_refused(installation: Path, tmp_path: Pa
     with pytest.raises(PipelineError, match="valid_bytes=1000000"):
         write_demo_corpus(arguments(tmp_path / "out", valid_bytes=1_000_000), [installation])
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_distributions_of_one_import_name_give_documents_of_different_ids(
+    installation: Path, tmp_path: Path
+) -> None:
+    info = installation / "package0_bindings-2.0.dist-info"
+    info.mkdir()
+    (info / "RECORD").write_text(f"package0/m1.py,,\n{info.name}/METADATA,,\n")
+    summary = "The bindings are another distribution with a text of its own. " * 20
+    (info / "METADATA").write_text(f"Name: package0-bindings\nVersion: 2.0\n\n{summary}\n")
+    write_demo_corpus(arguments(tmp_path / "corpus"), [installation])
+    documents = [d for s in ("train", "valid") for d in read(tmp_path / "corpus", f"prose.{s}")]
+    names = [document.id for document in documents]
+    assert len([name for name in names if "METADATA" in name and "/package0/" in name]) == 2
+    assert len(names) == len(set(names))
