@@ -55,7 +55,7 @@ class Tokenize:
     """`count` ids that occur again, or `refuse` them."""
     max_document_mb: int = 64
     """A longer line or file is an error."""
-    block_kb: int = 4096
+    block_kb: int = 2048
     """Read at once by a worker."""
     commit_mb: int = 64
     """Of tokens after which they are synced: what a kill can cost."""
@@ -77,17 +77,21 @@ def tokenize(arguments: Tokenize) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a worker
     shard = _plan(arguments)
     start_s = time.monotonic()
-    with locked(shard.prefix):
-        if _is_done(shard):
-            logger.info("%s: is there already, of the same inputs: nothing to do", shard.prefix)
-            return
-        try:
+    try:
+        with locked(shard.prefix):
+            if _is_done(shard):
+                logger.info("%s: is there already, of the same inputs: nothing to do", shard.prefix)
+                return
             manifest = _write(shard)
-        except OSError as error:
-            raise PipelineError(
-                f"output={shard.prefix}: {error}; what was committed is kept: remove the cause "
-                "(a full disk?) and run the same command again to go on from there"
-            ) from None
+    except OSError as error:
+        raise PipelineError(
+            f"output={shard.prefix}: {error}; what was committed is kept: remove the cause (a full "
+            "disk?) and run the same command again to go on from there"
+        ) from None
+    except KeyboardInterrupt:
+        raise PipelineError(
+            f"output={shard.prefix}: interrupted; run the same command again to go on"
+        ) from None
     logger.info(
         "%s: %d documents, %d tokens in %.1f s; skipped: %s",
         *(shard.prefix, manifest["documents"], manifest["tokens"], time.monotonic() - start_s),

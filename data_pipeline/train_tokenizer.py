@@ -15,7 +15,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.config import PipelineError, run_command
-from data_pipeline.documents import expand_glob, read_documents, write_json
+from data_pipeline.documents import write_json
+from data_pipeline.sources import SourceOptions, find_inputs, read_source
 from data_pipeline.special_tokens import BOS, CHAT_TEMPLATE, CONTROL_TOKENS, EOS, TEXT_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,14 @@ class TrainTokenizer:
     """Arguments."""
 
     input: str
-    """Glob of JSONL files."""
+    """Files, quoted globs, folders or hf:NAME, separated by commas."""
     output: str
     """Folder of the tokenizer."""
     vocab_size: int = 4096
     """Number of ids, special tokens included."""
     sample_bytes: int = 8_000_000
     """About so much text is read, chosen by the hash of the document id."""
+    text_key: str = "text"
 
 
 def main() -> int:
@@ -55,7 +57,6 @@ def train_tokenizer(arguments: TrainTokenizer) -> None:
         PipelineError: the vocabulary is too small for bytes and special tokens, or the text too
             small for the vocabulary.
     """
-    paths = expand_glob(arguments.input)
     num_special = len(CONTROL_TOKENS) + len(TEXT_TOKENS)
     if arguments.vocab_size < 256 + num_special:
         raise PipelineError(
@@ -75,7 +76,7 @@ def train_tokenizer(arguments: TrainTokenizer) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(paths, arguments.sample_bytes), trainer)
+    tokenizer.train_from_iterator(_sample(arguments), trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in TEXT_TOKENS])
     if tokenizer.get_vocab_size() != arguments.vocab_size:
@@ -87,13 +88,13 @@ def train_tokenizer(arguments: TrainTokenizer) -> None:
     logger.info("%s: %d entries", arguments.output, arguments.vocab_size)
 
 
-def _sample(paths: list[Path], sample_bytes: int) -> Iterator[str]:
-    """Yield the texts of a fixed subset of the documents, the same fraction of every file."""
-    fraction = sample_bytes / max(1, sum(path.stat().st_size for path in paths))
-    for path in paths:
-        for document in read_documents(path):
-            if zlib.crc32(document.id.encode()) < fraction * 2**32:
-                yield document.text
+def _sample(arguments: TrainTokenizer) -> Iterator[str]:
+    """Yield the texts of a fixed subset of the documents, the same fraction of every input."""
+    num_bytes = sum(source.num_bytes for source in find_inputs(arguments.input))
+    fraction = arguments.sample_bytes / max(1, num_bytes)
+    for document in read_source(arguments.input, SourceOptions(text_key=arguments.text_key)):
+        if zlib.crc32(document.id.encode()) < fraction * 2**32:
+            yield document.text
 
 
 def _write_folder(tokenizer: Tokenizer, folder: Path) -> None:

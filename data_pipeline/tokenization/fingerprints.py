@@ -7,6 +7,7 @@ from pathlib import Path
 
 import orjson
 
+from data_pipeline.config import PipelineError
 from data_pipeline.shard_writer import TokenizerRecord, read_chunks
 from data_pipeline.sources import Input, SourceOptions
 from data_pipeline.sources.inputs import walk_files
@@ -43,9 +44,20 @@ class InputHasher:
             return
         with Path(self._source.path).open("rb", buffering=0) as stream:
             stream.seek(self._at)
-            while self._at < position and (chunk := stream.read(min(2**20, position - self._at))):
+            while self._at < position and (chunk := stream.read(min(2**18, position - self._at))):
                 self._hash.update(chunk)
                 self._at += len(chunk)
+
+    def refuse_change(self) -> None:
+        """Raise PipelineError if a file is not what it was when the run began."""
+        if not os.path.isfile(self._source.path):
+            return
+        status = os.stat(self._source.path)
+        if (status.st_size, status.st_mtime_ns) != (self._source.num_bytes, self._source.mtime_ns):
+            raise PipelineError(
+                f"{self._source.path} was changed while it was read; run the command again when "
+                "nothing writes to it"
+            )
 
     def finish(self) -> str | None:
         """Return the hash: of a file its bytes; of a folder its files' names and hashes.

@@ -131,6 +131,7 @@ class ShardRun:
         while commit.input < index:
             source = self._shard.inputs[commit.input]
             hasher = self._hasher or InputHasher(source)
+            hasher.refuse_change()
             entry = {
                 "name": source.name,
                 "kind": source.kind,
