@@ -17,6 +17,7 @@ from pathlib import Path
 RUN_DIR = Path("runs/demo")
 CORPUS, DATA, EXPORT = RUN_DIR / "corpus", RUN_DIR / "data", RUN_DIR / "export"
 DOMAINS = ("code", "math", "prose")
+PAGE = RUN_DIR / "data.html"
 NUM_RANKS = 2
 VOCAB_SIZE = 2048
 NUM_SAMPLES = 50
@@ -40,8 +41,10 @@ def main() -> None:
     for prompt in PROMPTS:
         say(f"\n--- the model continues {prompt!r}")
         run("ring_train.jobs.generate", f"hf_dir={EXPORT}", f"prompt='{prompt}'", MAX_NEW)
+    account()
     minutes = (time.monotonic() - started) / 60
     say(f"\n{minutes:.1f} minutes. Curves: {RUN_DIR}/curves.png, report: {RUN_DIR}/report.json,")
+    say(f"data: {PAGE};")
     say(f"model: {EXPORT}; tensorboard --logdir {RUN_DIR}/tensorboard shows every figure.")
 
 
@@ -119,6 +122,19 @@ def compare_with_baselines() -> dict[str, dict[str, float]]:
         say(f"{domain:8}{model:8.3f}{bigram:8.3f}{unigram:9.3f}{gain:15.3f}")
         figures[domain] = {"model": model, "bigram": bigram, "unigram": unigram, "gain": gain}
     return figures
+
+
+def account() -> None:
+    """Compare what was read with the plan, say where the first sample comes from, draw the data."""
+    step("what the run has read")
+    run("ring_train.jobs.prove_mixture", f"run={RUN_DIR}")
+    run("ring_train.jobs.explain", f"run={RUN_DIR}", "sample=0")
+    run(
+        "data_pipeline.report",
+        f"output={PAGE}",
+        f"shards={DATA}/*.json",
+        f"run={RUN_DIR}",
+    )
 
 
 def sample_math() -> dict[str, float]:

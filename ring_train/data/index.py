@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of every name; raised when the content of any kind of file changes its meaning."""
+MIN_BYTES = 1 << 20
+"""Smaller arrays are computed again in each process rather than kept."""
 SLOW_S = 1.0
 """A build that takes longer is logged."""
 
@@ -39,7 +41,11 @@ class IndexFolder:
         self.folder = folder
 
     def array(
-        self, kind: str, made_from: dict[str, Any], build: Callable[[], np.ndarray]
+        self,
+        kind: str,
+        made_from: dict[str, Any],
+        build: Callable[[], np.ndarray],
+        num_bytes: int,
     ) -> np.ndarray:
         """Return the mapped array of `build()`, which is called only if the file is not there.
 
@@ -47,10 +53,13 @@ class IndexFolder:
             kind: begins the file's name.
             made_from: everything the content depends on, as JSON types.
             build: computes the content.
+            num_bytes: about how large it is.
 
         Raises:
             DataError: the folder cannot be written, or a file in it is damaged.
         """
+        if num_bytes < MIN_BYTES:
+            return build()
         path = self.folder / f"{kind}-{digest({'kind': kind, 'version': VERSION, **made_from})}.npy"
         if not path.exists():
             with self._lock(path):

@@ -21,9 +21,6 @@ from ring_train.data.index import IndexFolder, digest
 from ring_train.data.samples import DomainStream, read_row
 from ring_train.plan import Phase, Plan
 
-QUICK_BLOCKS = 64
-"""States of fewer blocks are computed again rather than kept in a file."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
@@ -101,15 +98,14 @@ class Mixture:
 
 
 def open_schedule(phase: Phase, index: IndexFolder) -> BlendSchedule:
-    """Return the schedule of a phase; a long one is computed once and mapped from then on."""
+    """Return the schedule of a phase; that of a billion samples is computed once and mapped."""
     shares = list(phase.shares.values())
-    if num_block_states(shares, phase.num_samples) <= QUICK_BLOCKS:
-        return BlendSchedule(shares, phase.num_samples)
     num_blocks = num_block_states(shares, phase.num_samples)
     states = index.array(
         "blend",
         {"shares": list(reduced_shares(shares)), "blocks": num_blocks},
         functools.partial(block_states, shares, phase.num_samples),
+        8 * len(shares) * num_blocks,
     )
     return BlendSchedule(shares, phase.num_samples, states)
 

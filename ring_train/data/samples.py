@@ -142,14 +142,15 @@ class ContiguousStream:
             order = shuffled(count, self._key, epoch)
             return order if selected is None else selected[order].astype(np.uint32)
 
-        order = self._index.array("order", made_from, build_order)
+        num_bytes = 4 * self.shard.num_documents
+        order = self._index.array("order", made_from, build_order, num_bytes)
 
         def build_starts() -> np.ndarray:
             starts = np.zeros(len(order) + 1, dtype=np.int64)
             np.cumsum(self.shard.lengths[order], out=starts[1:])
             return starts
 
-        return order, self._index.array("starts", made_from, build_starts)
+        return order, self._index.array("starts", made_from, build_starts, 8 * len(order))
 
 
 class PackedStream:
@@ -188,7 +189,7 @@ class PackedStream:
 
         def part(name: str) -> np.ndarray:
             build: Callable[[], np.ndarray] = lambda: getattr(packed(), name)  # noqa: E731
-            return index.array(f"pack_{name}", made_from, build)
+            return index.array(f"pack_{name}", made_from, build, 8 * shard.num_documents)
 
         self.rows = PackedRows(*(part(f.name) for f in dataclasses.fields(PackedRows)))
         self._order = functools.lru_cache(maxsize=2)(self._open_order)
@@ -232,7 +233,10 @@ class PackedStream:
     def _open_order(self, epoch: int) -> np.ndarray:
         made_from = {**self._made_from, "key": self._key, "epoch": epoch}
         return self._index.array(
-            "rows", made_from, lambda: shuffled(self.epoch_length, self._key, epoch)
+            "rows",
+            made_from,
+            lambda: shuffled(self.epoch_length, self._key, epoch),
+            4 * self.epoch_length,
         )
 
 

@@ -19,28 +19,37 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-def load_initial_weights(
-    plan: Plan, model: list[DistributedDataParallel], groups: ProcessGroupCollection
-) -> None:
-    """Load `init_from` into the model, if it is given; nothing else of a checkpoint is taken.
-
-    Raises:
-        UserError: the folder is neither kind, is damaged, or holds another model.
-    """
+def check_initial_weights(plan: Plan) -> None:
+    """Raise a UserError if `init_from` is no folder of weights or holds another model."""
     if plan.config.init_from is None:
         return
     folder = Path(plan.config.init_from)
     if (folder / "config.json").exists():
         stored = read_model_config(folder, plan.config.decay_layer_rule)
         check_same_folder_model(folder, stored, plan.config.model)
-        load_hf_weights(folder, plan.config.model, model)
-    elif folder.is_dir():
-        load_weights(folder, model, plan, groups)
-    else:
+    elif not folder.is_dir():
         raise CheckpointError(
             f"init_from={folder} is neither a checkpoint nor a Hugging Face folder; "
             "name RUN_DIR/checkpoints/step_00000100 or a folder with config.json"
         )
+
+
+def load_initial_weights(
+    plan: Plan, model: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> None:
+    """Load `init_from` into the model, if it is given; nothing else of a checkpoint is taken.
+
+    Raises:
+        UserError: the folder is damaged, or a checkpoint of another model.
+    """
+    check_initial_weights(plan)
+    if plan.config.init_from is None:
+        return
+    folder = Path(plan.config.init_from)
+    if (folder / "config.json").exists():
+        load_hf_weights(folder, plan.config.model, model)
+    else:
+        load_weights(folder, model, plan, groups)
 
 
 def check_same_folder_model(folder: Path, stored: ModelConfig, model: ModelConfig) -> None:

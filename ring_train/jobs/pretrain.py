@@ -23,7 +23,7 @@ def pretrain(config: Config) -> None:
     import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
     from ring_train.checkpoint import Checkpointer
     from ring_train.data.loader import build_batches
-    from ring_train.jobs.initial_weights import load_initial_weights
+    from ring_train.jobs.initial_weights import check_initial_weights, load_initial_weights
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.loop import Trainer
@@ -32,8 +32,10 @@ def pretrain(config: Config) -> None:
     from ring_train.train.record import write_run_record
 
     with start_runtime(plan) as groups:
-        batches = build_batches(plan)
         checkpoints = Checkpointer(plan, groups.collection)
+        if not checkpoints.steps():
+            check_initial_weights(plan)
+        batches = build_batches(plan)
         model = build_model(plan, groups.collection)
         if not checkpoints.steps():
             load_initial_weights(plan, model, groups.collection)

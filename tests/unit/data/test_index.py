@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ring_train.data.errors import DataError
-from ring_train.data.index import IndexFolder
+from ring_train.data.index import MIN_BYTES, IndexFolder
 
 
 def test_an_array_is_built_once_and_mapped_from_then_on(tmp_path: Path) -> None:
@@ -21,16 +21,24 @@ def test_an_array_is_built_once_and_mapped_from_then_on(tmp_path: Path) -> None:
 
     folder = IndexFolder(tmp_path / "index")
     for _ in range(3):
-        assert folder.array("x", {"a": 1}, build).tolist() == [*range(10)]
-    assert IndexFolder(tmp_path / "index").array("x", {"a": 1}, build).tolist() == [*range(10)]
+        assert folder.array("x", {"a": 1}, build, BIG).tolist() == [*range(10)]
+    assert IndexFolder(tmp_path / "index").array("x", {"a": 1}, build, BIG).tolist() == [*range(10)]
     assert len(built) == 1
-    folder.array("x", {"a": 2}, build)
-    folder.array("y", {"a": 1}, build)
+    folder.array("x", {"a": 2}, build, BIG)
+    folder.array("y", {"a": 1}, build, BIG)
     assert len(built) == 3
-    assert not folder.array("x", {"a": 1}, build).flags.writeable
+    assert not folder.array("x", {"a": 1}, build, BIG).flags.writeable
 
+
+BIG = MIN_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+def test_a_small_array_leaves_no_file(tmp_path: Path) -> None:
+    folder = IndexFolder(tmp_path / "index")
+    assert folder.array("x", {}, lambda: np.arange(3), BIG - 1).tolist() == [0, 1, 2]
+    assert not (tmp_path / "index").exists()
 
 
 def build_slowly(folder: Path, log: Path) -> None:
@@ -40,7 +48,7 @@ def build_slowly(folder: Path, log: Path) -> None:
         time.sleep(0.3)
         return np.arange(5)
 
-    assert IndexFolder(folder).array("x", {}, build).tolist() == [0, 1, 2, 3, 4]
+    assert IndexFolder(folder).array("x", {}, build, BIG).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
@@ -60,7 +68,7 @@ def hang(folder: Path) -> None:
         time.sleep(60)
         return np.arange(5)
 
-    IndexFolder(folder).array("x", {}, build)
+    IndexFolder(folder).array("x", {}, build, BIG)
 
 
 def test_a_killed_builder_blocks_nobody_and_leaves_nothing_that_is_read(tmp_path: Path) -> None:
@@ -74,18 +82,18 @@ def test_a_killed_builder_blocks_nobody_and_leaves_nothing_that_is_read(tmp_path
     (torn,) = [path.with_suffix(f".{process.pid}.partial") for path in tmp_path.glob("*.lock")]
     torn.write_bytes(b"half")
     started = time.monotonic()
-    assert IndexFolder(tmp_path).array("x", {}, lambda: np.arange(3)).tolist() == [0, 1, 2]
+    assert IndexFolder(tmp_path).array("x", {}, lambda: np.arange(3), BIG).tolist() == [0, 1, 2]
     assert time.monotonic() - started < 5
     assert not torn.exists()
 
 
 def test_a_damaged_file_and_a_folder_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     folder = IndexFolder(tmp_path / "index")
-    folder.array("x", {}, lambda: np.arange(3))
+    folder.array("x", {}, lambda: np.arange(3), BIG)
     (path,) = (tmp_path / "index").glob("x-*.npy")
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match=r"x-.*npy is damaged .*remove it"):
-        folder.array("x", {}, lambda: np.arange(3))
+        folder.array("x", {}, lambda: np.arange(3), BIG)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data.index_dir=.*file/index cannot be written"):
-        IndexFolder(tmp_path / "file" / "index").array("x", {}, lambda: np.arange(3))
+        IndexFolder(tmp_path / "file" / "index").array("x", {}, lambda: np.arange(3), BIG)

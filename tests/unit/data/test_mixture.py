@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ring_train.config import BatchRampConfig, Config, Packing, PhaseConfig
+from ring_train.data import index
 from ring_train.data.errors import DataError
 from ring_train.data.ledger import count_tokens, ledger_array, make_ledger, planned_tokens
 from ring_train.data.loader import Batches, build_batches
@@ -60,6 +61,26 @@ def test_the_stream_does_not_depend_on_ranks_and_micro_batches(
         assert torch.equal(*rows)
         sizes.add(tuple(rows[0].shape))
     assert sizes == {(8, 32), (4, 32), (12, 32), (4, 64)}
+
+
+@pytest.mark.parametrize("packing", [Packing.contiguous, Packing.best_fit])
+def test_kept_files_change_nothing(
+    tmp_path: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = phased_plan(tmp_path, long=PhaseConfig(tokens={"code": 32 * 24}))
+    plan.config.data.packing = packing
+    expected = [step_rows(plan, build_batches(plan), step) for step in range(12)]
+    assert not (tmp_path / "index").exists()
+    monkeypatch.setattr(index, "MIN_BYTES", 0)
+    for _ in range(2):  # built, then mapped
+        batches = build_batches(plan)
+        for step in range(12):
+            assert torch.equal(step_rows(plan, batches, step), expected[step])
+    assert {path.name.split("-")[0] for path in (tmp_path / "index").glob("*.npy")} >= (
+        {"order", "starts", "blend"}
+        if packing is Packing.contiguous
+        else {"pack_documents", "rows", "blend"}
+    )
 
 
 def test_a_domain_goes_on_in_the_next_phase_where_it_stopped(tmp_path: Path) -> None:
