@@ -5,7 +5,6 @@ talks to the parent through a pipe of its own and ends itself as soon as that pi
 nothing lingers after a `kill -9` of the parent. Ids come back in memory that both share.
 """
 
-import ctypes
 import gc
 import mmap
 import multiprocessing
@@ -22,6 +21,7 @@ from typing import Any, Self
 from data_pipeline.config import PipelineError
 from data_pipeline.sources import Block
 from data_pipeline.tokenization.encode_block import EncodedBlock
+from data_pipeline.tokenization.memory import release_freed_memory
 
 BLOCKS_IN_FLIGHT = 2
 """A worker: one it encodes, one it waits with; bounds the memory."""
@@ -41,7 +41,7 @@ class Workers:
         self._pipes: list[Connection] = []
         self._slots: list[memoryview] = []
         self._processes: list[Any] = []
-        _release_freed_memory()
+        release_freed_memory()  # of parsing the tokenizer: a fifth of all
         if num_workers == 1:
             return
         gc.freeze()  # a collection in a worker would copy every page it looks at
@@ -109,13 +109,6 @@ class Workers:
 
 type Task = tuple[Block, int, int]
 """Block, its number, the slot for its ids."""
-
-
-def _release_freed_memory() -> None:
-    """Give back what parsing the tokenizer took, a fifth of all memory; glibc alone keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _slot(slots: memoryview, slot: int) -> memoryview:

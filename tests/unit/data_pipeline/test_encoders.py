@@ -1,6 +1,7 @@
 """The fast encoder makes the ids of HF `tokenizers`; where it might not, it is not used."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from data_pipeline.tokenization.encoders import (
     open_fast_encoder,
     read_tokenizer_record,
 )
+from data_pipeline.tokenization.memory import resident_bytes
 from data_pipeline.train_tokenizer import TrainTokenizer, train_tokenizer
 
 LARGE = Path(__file__).parents[4] / "shared" / "tokenizer" / "bpe151k" / "tokenizer.json"
@@ -100,6 +102,26 @@ def test_both_encoders_agree_on_any_text(
     fast, reference = encoders
     text = "".join(pieces)
     assert fast.encode([text])[0].tolist() == reference.encode([text])[0].tolist()
+
+
+def test_the_fast_encoder_forgets_before_it_fills_the_memory(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, reference = fast_encoder(small), ReferenceEncoder(small)
+    monkeypatch.setattr("data_pipeline.tokenization.encoders.CACHE_BYTES", 2**24)
+    rng = random.Random(0)
+    loads = []
+    load = FastEncoder._load
+    monkeypatch.setattr(FastEncoder, "_load", lambda self: loads.append(0) or load(self))
+    peak_bytes = first_bytes = resident_bytes()
+    for _ in range(60):
+        letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
+        text = " ".join(letters[at : at + 10] for at in range(0, len(letters), 10))
+        (ids,) = fast.encode([text])
+        peak_bytes = max(peak_bytes, resident_bytes())
+    assert ids.tolist() == reference.encode([text])[0].tolist()
+    assert loads
+    assert peak_bytes - first_bytes < 100 * 2**20
 
 
 def test_control_tokens_in_text_stay_text_and_others_are_ids(small: Path) -> None:
