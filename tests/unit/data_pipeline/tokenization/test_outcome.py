@@ -78,13 +78,14 @@ def test_the_manifest_accounts_for_every_record(corpus: Path, expected: dict[str
     for entry in (first, second):
         data = (corpus / entry["name"]).read_bytes()
         assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+    contents = {
+        "a.jsonl": (corpus / "a.jsonl").read_bytes(),
+        "b.jsonl.gz": gzip.decompress((corpus / "b.jsonl.gz").read_bytes()),
+    }
     lines = [
-        (f"{entry['name']}:{number}", json.loads(line))
-        for entry, read in (
-            (first, Path.read_bytes),
-            (second, lambda p: gzip.decompress(p.read_bytes())),
-        )
-        for number, line in enumerate(read(corpus / entry["name"]).splitlines(), start=1)
+        (f"{name}:{number}", json.loads(line))
+        for name, content in contents.items()
+        for number, line in enumerate(content.splitlines(), start=1)
     ]
     assert names == [record.get("id", place) for place, record in lines if record["text"]]
     assert manifest["encoder"]["name"] == "gigatoken"
