@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RUN_DIR = Path("runs/demo")
-CORPUS, DATA, EXPORT = RUN_DIR / "corpus", RUN_DIR / "data", RUN_DIR / "export"
+CORPUS, CURATED = RUN_DIR / "corpus", RUN_DIR / "curated"
+DATA, EXPORT = RUN_DIR / "data", RUN_DIR / "export"
 DOMAINS = ("code", "math", "prose")
 PAGE = RUN_DIR / "data.html"
 NUM_RANKS = 2
@@ -52,7 +53,7 @@ MAX_NEW = "max_new_tokens=80"
 
 
 def build_data() -> None:
-    """Build the corpus, the tokenizer and one shard per domain and split."""
+    """Build and curate the corpus; train the tokenizer; write a shard per domain and split."""
     if not (CORPUS / "manifest.json").exists():
         step("corpus from the Python files of this machine")
         run("data_pipeline.demo_corpus", f"output={CORPUS}")
@@ -64,10 +65,20 @@ def build_data() -> None:
             f"output={DATA / 'tokenizer'}",
             f"vocab_size={VOCAB_SIZE}",
         )
+    if not (CURATED / "curation.json").exists():
+        step("curation: what is there twice, or like the held-out text, goes")
+        run(
+            "data_pipeline.curate",
+            "curation=demo",
+            f"input={CORPUS}/*.train.jsonl",
+            f"output={CURATED}",
+            f"workers={NUM_RANKS}",
+            "block_documents=500",
+        )
     step("token shards")
-    shards = {f"{d}.train": DATA / d for d in DOMAINS}
-    shards |= {f"{d}.valid": DATA / f"{d}_valid" for d in DOMAINS}
-    missing = {name: prefix for name, prefix in shards.items() if not _is_done(prefix)}
+    shards = {f"{CURATED}/{d}-*.jsonl": DATA / d for d in DOMAINS}
+    shards |= {f"{CORPUS}/{d}.valid.jsonl": DATA / f"{d}_valid" for d in DOMAINS}
+    missing = {source: prefix for source, prefix in shards.items() if not _is_done(prefix)}
     with ThreadPoolExecutor(NUM_RANKS) as pool:
         list(pool.map(lambda item: _tokenize(*item), missing.items()))
 
@@ -76,10 +87,10 @@ def _is_done(prefix: Path) -> bool:
     return prefix.with_suffix(".json").exists()
 
 
-def _tokenize(name: str, prefix: Path) -> None:
+def _tokenize(source: str, prefix: Path) -> None:
     run(
         "data_pipeline.tokenize",
-        f"input={CORPUS}/{name}.jsonl",
+        f"input={source}",
         f"tokenizer={DATA / 'tokenizer'}",
         f"output={prefix}",
     )
@@ -132,6 +143,7 @@ def account() -> None:
     run(
         "data_pipeline.report",
         f"output={PAGE}",
+        f"curation={CURATED}",
         f"shards={DATA}/*.json",
         f"run={RUN_DIR}",
     )

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from data_pipeline.reporting.records import LedgerEntry, Shards
 
@@ -35,7 +35,8 @@ def length_histograms(
     panels = panels[:MAX_PANELS]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.6 * columns + 0.4, 2.5 * rows + 0.5), layout="constrained")
+    width = max(6.0, 3.6 * columns + 0.4)  # the title needs that much
+    figure = Figure(figsize=(width, 2.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     bins = [k for _, after, before in panels for k in (*after, *(before or {}))]
     low, high = min(bins), max(bins) + 1
@@ -47,7 +48,7 @@ def length_histograms(
         axis.set_title(domain, fontsize=11, loc="left")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _binary(x)))
-        axis.xaxis.set_minor_locator(MaxNLocator(1))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(ENGINEERING)
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.tick_params(labelbottom=True)

@@ -11,7 +11,7 @@ and a billion samples need megabytes.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,9 @@ class BlendSchedule:
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (domain [block], earlier samples of that domain in the period [block])."""
         steps = min(BLOCK_SAMPLES, self.period - block * BLOCK_SAMPLES)
-        taken = self._states[block].tolist()
-        domains = [0] * steps
-        before = [0] * steps
-        first = block * BLOCK_SAMPLES
-        jobs: list[Any] = [self.shares, *_job_state(self.shares, taken), taken]
-        advance: Callable[..., None] = _advance
-        advance(*jobs, first, domains, before)
+        domains, before = [0] * steps, [0] * steps
+        state = _state(self.shares, self._states[block].tolist())
+        _advance(state, block * BLOCK_SAMPLES, domains, before)
         return np.array(domains, dtype=np.int16), np.array(before, dtype=np.int64)
 
 
@@ -102,58 +98,57 @@ def block_states(shares: Sequence[int], num_samples: int) -> np.ndarray:
     blocks = num_block_states(shares, num_samples)
     states = np.zeros((blocks, len(reduced)), dtype=np.int64)
     steps = (blocks - 1) * BLOCK_SAMPLES  # what the last block does is seen when it is run
-    state: list[Any] = [reduced, *_job_state(reduced, [0] * len(reduced)), [0] * len(reduced)]
+    state: Any = _state(reduced, [0] * len(reduced))
     unread: Any = [0] * BLOCK_SAMPLES
     fits = _slack(reduced) * sum(reduced) < FAR  # in 64 bits; Python's integers have no end
     advance = quick(_advance, steps if fits else 0, INTERPRETED_STEPS)
     if advance is not _advance:
-        state = [np.array(values, dtype=np.int64) for values in state]
+        state = np.array(state, dtype=np.int64)
         unread = np.zeros(BLOCK_SAMPLES, dtype=np.int64)
     for block in range(1, blocks):
-        advance(*state, (block - 1) * BLOCK_SAMPLES, unread, unread)
+        advance(state, (block - 1) * BLOCK_SAMPLES, unread, unread)
         states[block] = state[-1]
     return states
 
 
-def _job_state(shares: Sequence[int], taken: Sequence[int]) -> tuple[list[int], ...]:
-    """Return release steps and deadlines of each domain's next job, each with its remainder.
+def _state(shares: Sequence[int], taken: Sequence[int]) -> list[list[int]]:
+    """Return shares, release steps, deadlines (each with its remainder) and what was taken.
 
     Job j of a domain may run at step n if n * share/total - (j - 1) >= 1/slack, and must if waiting
     would make it exceed 1 - 1/slack; slack = 2k - 2. Kept as quotient and remainder by share*slack.
     """
     total, slack = sum(shares), _slack(shares)
-    releases, release_rests, dues, due_rests = [], [], [], []
+    columns = []
     for share, count in zip(shares, taken, strict=True):
         if share == 0:
-            values = (FAR, 0, FAR, 0)
-        else:
-            release = -(-total * (count * slack + 1) // (share * slack))
-            due = total * ((count + 1) * slack - 1) // (share * slack)
-            values = (
-                *(release, total * (count * slack + 1) - release * share * slack),
-                *(due, total * ((count + 1) * slack - 1) - due * share * slack),
+            columns.append((0, FAR, 0, FAR, 0, count))
+            continue
+        released = total * (count * slack + 1)
+        due = total * ((count + 1) * slack - 1)
+        release = -(-released // (share * slack))
+        columns.append(
+            (
+                *(share, release, released - release * share * slack),
+                *(due // (share * slack), due % (share * slack), count),
             )
-        for column, value in zip((releases, release_rests, dues, due_rests), values, strict=True):
-            column.append(value)
-    return releases, release_rests, dues, due_rests
+        )
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _slack(shares: Sequence[int]) -> int:
     return max(2, 2 * sum(share > 0 for share in shares) - 2)
 
 
-def _advance(  # noqa: PLR0913, PLR0917  (plain vectors, so that numba can compile it)
-    shares: Any,
-    releases: Any,
-    release_rests: Any,
-    dues: Any,
-    due_rests: Any,
-    taken: Any,
-    first: int,
-    domains: Any,
-    before: Any,
-) -> None:
-    """Run earliest deadline first for len(domains) steps after `first`; all vectors change."""
+def _advance(state: Any, first: int, domains: Any, before: Any) -> None:
+    """Run earliest deadline first for len(domains) steps after `first`.
+
+    Args:
+        state: rows of one number a domain, as `_state` returns them; changed.
+        first: samples already taken.
+        domains: receives the domain of each step.
+        before: receives how often it was taken before.
+    """
+    shares, releases, release_rests, dues, due_rests, taken = state
     k = len(shares)
     total = 0
     active = 0

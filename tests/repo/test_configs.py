@@ -22,6 +22,9 @@ REQUIRED = {
     "reproduce": ["run=a"],
     "pretrain": ["model=tiny"],
     "dry_run": ["model=tiny"],
+    "build_index": ["model=tiny"],
+    "explain": ["run=a", "sample=0"],
+    "prove_mixture": ["run=a"],
 }
 
 

@@ -28,10 +28,16 @@ def phases() -> dict[str, PhaseConfig]:
     }
 
 
-def phased_plan(folder: Path, *, world_size: int = 1, micro: int = 2, **phase: PhaseConfig) -> Plan:
+def phased_plan(
+    folder: Path,
+    changed: dict[str, PhaseConfig] | None = None,
+    *,
+    world_size: int = 1,
+    micro: int = 2,
+) -> Plan:
     """Return the plan of a run through `phases()`, with some of them replaced."""
     config: Config = make_data_plan(folder).config
-    config.phases = {**phases(), **phase}
+    config.phases = {**phases(), **(changed or {})}
     for one in config.phases.values():
         one.micro_batch_size = micro
     config.train.num_steps = 12
@@ -67,7 +73,7 @@ def test_the_stream_does_not_depend_on_ranks_and_micro_batches(
 def test_kept_files_change_nothing(
     tmp_path: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = phased_plan(tmp_path, long=PhaseConfig(tokens={"code": 32 * 24}))
+    plan = phased_plan(tmp_path, {"long": PhaseConfig(tokens={"code": 32 * 24})})
     plan.config.data.packing = packing
     expected = [step_rows(plan, build_batches(plan), step) for step in range(12)]
     assert not (tmp_path / "index").exists()
@@ -101,7 +107,7 @@ def test_a_domain_goes_on_in_the_next_phase_where_it_stopped(tmp_path: Path) -> 
 def test_what_is_read_is_what_the_plan_says_after_every_step(
     tmp_path: Path, packing: Packing
 ) -> None:
-    plan = phased_plan(tmp_path, long=PhaseConfig(tokens={"code": 32 * 24}))
+    plan = phased_plan(tmp_path, {"long": PhaseConfig(tokens={"code": 32 * 24})})
     plan.config.data.packing = packing
     for domain in plan.config.data.domains.values():
         domain.max_document_tokens = 32 if packing is Packing.whole else None
@@ -163,7 +169,7 @@ def test_a_selection_without_documents_is_refused(tmp_path: Path) -> None:
 
 def test_what_has_been_read_may_not_change_and_what_lies_ahead_may(tmp_path: Path) -> None:
     def record(**phase: PhaseConfig) -> list[dict[str, object]]:
-        plan = phased_plan(tmp_path, **phase)
+        plan = phased_plan(tmp_path, phase)
         return build_batches(plan).mixture_record()
 
     before = record()

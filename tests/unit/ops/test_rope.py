@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def test_angles_are_bit_equal_to_hugging_face_in_fp32(base: float) -> None:
 def test_yarn_is_bit_equal_to_transformers(
     dim: int, base: float, factor: float, context: int
 ) -> None:
-    config = PretrainedConfig(
-        head_dim=2 * dim, hidden_size=4 * dim, num_attention_heads=2, max_position_embeddings=1
-    )
+    config: Any = PretrainedConfig()
+    config.head_dim, config.hidden_size, config.num_attention_heads = 2 * dim, 4 * dim, 2
+    config.max_position_embeddings = 1
     config.rope_parameters = {
         **{"rope_type": "yarn", "rope_theta": base, "factor": factor},
         **{"original_max_position_embeddings": context, "partial_rotary_factor": 0.5},
