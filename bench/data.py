@@ -29,8 +29,9 @@ VOCAB_SIZE = 32_768
 """Of the tokenizer that is trained on the corpus where none is given."""
 SLICES = (2_000_000, 24_000_000)
 """Bytes of the corpus for slow rows."""
-NUM_ROUNDS = 2
-"""Rows that run on the whole corpus are taken in turn so often; the one of less CPU counts."""
+NUM_ROUNDS = 1
+"""Rows that run on the whole corpus are taken in turn so often (rounds=N); the one of less CPU
+counts."""
 SAMPLE_INTERVAL_S = 0.1
 NOT_MEASURED = "not measured"
 LIBRARIES = ("gigatoken", "tokenizers", "datasets", "datatrove", "transformers", "orjson", "numpy")
@@ -49,6 +50,7 @@ def main(words: list[str]) -> None:
             "corpus": corpus,
             "tokenizer": {"entries": count_entries(tokenizer)},
         }
+        results["rounds"] = int(given.get("rounds", NUM_ROUNDS))
         measure(results, folder, tokenizer)
         results["ratios"] = ratios(results)
         results["machine"]["load_after"] = os.getloadavg()[0]
@@ -73,7 +75,7 @@ def measure(results: dict[str, Any], folder: Path, tokenizer: Path) -> None:
 
     megatron = os.environ.get("MEGATRON_LM")
     fast, slow = "preprocess_data_fast.py", "preprocess_data.py"
-    for _ in range(NUM_ROUNDS):
+    for _ in range(results["rounds"]):
         add("ours, 1 process", ours(folder, whole, tokenizer, 1))
         add("ours, 2 workers", ours(folder, whole, tokenizer, 2))
         add("ours, 1 process, 4 times the corpus", ours(folder, four, tokenizer, 1))

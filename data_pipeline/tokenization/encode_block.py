@@ -12,6 +12,8 @@ from data_pipeline.tokenization.encoders import Encoder, ReferenceEncoder, open_
 
 PROBED_FRACTION = 1 / 1000
 """Of a block's text that goes back with its ids for the referee to look at."""
+MAX_PROBE_CHARACTERS = 2**16
+"""A longer text is no probe: the reference takes a hundred bytes of memory a character."""
 PROBE_STRIDE = 7919
 """Spreads the probes over the blocks; any prime would do."""
 
@@ -110,5 +112,6 @@ def _probes(texts: list[str], number: int) -> list[tuple[int, str]]:
         if sum(len(text) for _, text in probes) >= wanted:
             break
         index = (first + step) % len(texts)
-        probes.append((index, texts[index]))
+        if len(texts[index]) <= MAX_PROBE_CHARACTERS:
+            probes.append((index, texts[index]))
     return probes
