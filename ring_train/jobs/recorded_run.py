@@ -32,12 +32,18 @@ def open_run(folder: Path) -> tuple[Plan, Batches]:
     )
     plan = make_plan(dataclasses.replace(config, data=data), world_size)
     batches = build_batches(plan)
-    recorded = json.loads((folder / "data.json").read_text())
-    now = batches.data_hashes()
-    changed = sorted(name for name in recorded if recorded[name] != now.get(name))
-    if changed:
-        raise UserError(
-            f"run={folder} read other data of {', '.join(changed)} than is there now; "
-            "restore the shards"
-        )
+    check_data(folder, json.loads((folder / "data.json").read_text()), batches)
     return plan, batches
+
+
+def check_data(folder: Path, recorded: dict[str, str], batches: Batches) -> None:
+    """Raise a UserError unless the shards are those of the record."""
+    now = batches.data_hashes()
+    differing = sorted(
+        name for name in now.keys() | recorded.keys() if now.get(name) != recorded.get(name)
+    )
+    if differing:
+        raise UserError(
+            f"run={folder} was trained on other data: {', '.join(differing)} differ from "
+            "its data.json; restore the shards"
+        )

@@ -17,7 +17,8 @@ from typing import Any
 
 from ring_train.config import Config, DataConfig, ReproduceConfig, compose, read_yaml
 from ring_train.errors import UserError
-from ring_train.plan import Plan, make_plan
+from ring_train.jobs.recorded_run import check_data
+from ring_train.plan import make_plan
 from ring_train.runtime.errors import run_job
 
 DIFFERENT_STATUS = 1
@@ -39,6 +40,7 @@ class Recorded:
 
 def main(overrides: list[str]) -> None:
     """Repeat the run that the overrides name; exit 1 if it comes out otherwise."""
+    from ring_train.data.loader import build_batches
     from ring_train.jobs.pretrain import pretrain
     from ring_train.runtime.logs import start_logs
 
@@ -50,7 +52,8 @@ def main(overrides: list[str]) -> None:
     run_dir = Path(request.run_dir or f"{recorded.folder}-reproduced")
     check_new(run_dir)
     config = repeated_config(recorded, run_dir)
-    check_data(recorded, make_plan(config, recorded.world_size))
+    batches = build_batches(make_plan(config, recorded.world_size))
+    check_data(recorded.folder, recorded.data_hashes, batches)
     if rank == 0:
         check_bytes(config.data)
         warn_of_versions(recorded)
@@ -131,23 +134,6 @@ def repeated_config(recorded: Recorded, run_dir: Path) -> Config:
         config.data, index_dir=config.data.index_dir or str(recorded.folder / "index")
     )
     return dataclasses.replace(config, run_dir=str(run_dir), train=train, data=data)
-
-
-def check_data(recorded: Recorded, plan: Plan) -> None:
-    """Raise unless the shards that the config names are those of the record."""
-    from ring_train.data.loader import build_batches
-
-    now = build_batches(plan).data_hashes()
-    differing = sorted(
-        name
-        for name in now.keys() | recorded.data_hashes.keys()
-        if now.get(name) != recorded.data_hashes.get(name)
-    )
-    if differing:
-        raise UserError(
-            f"run={recorded.folder} was trained on other data: {', '.join(differing)} differ from "
-            "its data.json; restore the shards"
-        )
 
 
 def check_bytes(data: DataConfig) -> None:

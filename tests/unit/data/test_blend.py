@@ -80,6 +80,25 @@ def test_compiled_and_interpreted_schedules_are_the_same(monkeypatch: pytest.Mon
     assert np.array_equal(block_states(shares, num_samples), interpreted)
 
 
+def test_a_long_plan_holds_at_every_block_and_at_random_prefixes() -> None:
+    rng = np.random.default_rng(3)
+    shares = rng.integers(1, 10**6, 12).tolist()
+    shares[0] += 1 + (sum(shares) % 2)  # coprime: nothing to reduce
+    total = sum(shares)
+    schedule = BlendSchedule(shares, total)
+    assert schedule.period == total
+    assert schedule.counts(total).tolist() == shares
+    states = block_states(shares, total)
+    prefixes = np.arange(len(states)) * BLOCK_SAMPLES
+    assert (states.sum(1) == prefixes).all()
+    bound = total * (1 - 1 / 22)
+    assert (abs(states * total - prefixes[:, None] * np.array(shares)) <= bound).all()
+    for prefix in rng.integers(1, total, 50).tolist():
+        counts = schedule.counts(prefix)
+        assert counts.sum() == prefix
+        assert (abs(counts * total - prefix * np.array(shares)) <= bound).all()
+
+
 def test_the_schedule_repeats_after_its_shares() -> None:
     schedule = BlendSchedule([35, 25, 40], 3 * 10**9)
     assert schedule.period == 20
