@@ -55,7 +55,7 @@ class Tokenize:
     """`count` ids that occur again, or `refuse` them."""
     max_document_mb: int = 64
     """A longer line or file is an error."""
-    block_kb: int = 2048
+    block_kb: int = 1024
     """Read at once by a worker."""
     commit_mb: int = 64
     """Of tokens after which they are synced: what a kill can cost."""

@@ -34,7 +34,7 @@ PLAIN_BPE = {
 """Settings of a BPE model under which both libraries are compared, and their allowed values."""
 
 
-CACHE_BYTES = 48 * 2**20
+CACHE_BYTES = 32 * 2**20
 """How much a process may grow before the fast encoder is made to forget."""
 
 
