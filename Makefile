@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-unit test-hf457 lint check
+.PHONY: help install demo test test-unit test-crash test-hf457 bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,10 +39,17 @@ demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generat
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(PYTEST) -n 2 tests/unit tests/repo
-	$(PYTEST) -n 2 tests/parallel tests/e2e
+	$(PYTEST) -n 2 tests/parallel tests/e2e tests/crash
 
 test-unit: $(INSTALLED)  ## tests in one process
 	$(PYTEST) -n 2 tests/unit
+
+test-crash: $(INSTALLED)  ## kill -9 of tokenization at random moments, 50 times
+	CRASH_KILLS=50 $(PYTEST) tests/crash
+
+bench-data: $(INSTALLED)  ## data pipeline against other tools; MEGATRON_LM=DIR adds its scripts
+	$(PYTHON) bench/data.py
+	$(PYTHON) bench/index.py
 
 test-hf457: $(INSTALLED_HF457)  ## exported folders in transformers 4.57, in an environment of its own
 	$(HF457) -m pytest -c tests/hf457/pytest.ini --rootdir . tests/hf457
