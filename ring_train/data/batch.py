@@ -7,7 +7,7 @@ so that its last position has a label. What a position sees or predicts ends wit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -82,36 +82,35 @@ def make_batch(
     """
     tokens = np.stack([row.tokens for row in rows]).astype(np.int64)  # [b, s + 1]
     b, s = tokens.shape[0], tokens.shape[1] - 1
-    starts = np.zeros((b, s + 1), dtype=bool)
-    starts[:, 0] = True
-    real = np.arange(s + 1) < np.array([[_num_real(row, s)] for row in rows])  # [b, s + 1]
-    trained = real.copy()
-    for row, row_starts, row_trained in zip(rows, starts, trained, strict=True):
-        if document_isolation:
-            row_starts[row.document_starts] = True
-        if row.loss_mask is not None:
-            np.logical_and(row_trained, row.loss_mask, out=row_trained)
-    documents = np.cumsum(starts, axis=1) * real  # [b, s + 1], from 1 in every row, 0 = none
-    ahead = [_ahead(tokens, documents, trained, k) for k in range(1, num_mtp + 2)]
+    breaks = np.zeros((b, s + 1), dtype=bool)  # where a token does not go on from the one before
+    breaks[:, 0] = True
+    if document_isolation:
+        for row, row_breaks in zip(rows, breaks, strict=True):
+            row_breaks[row.document_starts] = True
+    begins = np.flatnonzero(breaks[:, :s])
     padding = -(b * s) % pad_to_multiple
+    is_padding = np.ones(b * s + padding, dtype=bool)
+    domains = np.zeros(b * s + padding, dtype=np.int16)
+    for number, row in enumerate(rows):
+        num_real = s - row.num_padding
+        is_padding[number * s : number * s + num_real] = False
+        domains[number * s : number * s + num_real] = row.domain
+        breaks[number, num_real if row.num_padding else s + 1 :] = True
+    ahead = list(_ahead(tokens, breaks, _loss_mask(rows), num_mtp + 1))
+    positions = np.arange(b * s) - np.repeat(begins, np.diff(begins, append=b * s))
     ends = [b * s, *[b * s + padding] * (padding > 0)]
-    first = np.maximum.accumulate(np.where(starts[:, :s], np.arange(s), 0), axis=1)
-    domains = np.array([[row.domain] for row in rows], dtype=np.int16) * real[:, :s]
-    padding_mask = torch.cat([_flat(~real[:, :s], 0), torch.ones(padding, dtype=torch.bool)])
     return Batch(
         tokens=_flat(tokens[:, :s], padding),
         labels=_flat(ahead[0].labels, padding),
         loss_mask=_flat(ahead[0].trained, padding),
-        position_ids=torch.cat([_flat(np.arange(s) - first, 0), torch.arange(padding)]),
-        cu_seqlens=torch.from_numpy(
-            np.concatenate([np.flatnonzero(starts[:, :s]), ends]).astype(np.int32)
-        ),
-        domains=_flat(domains.astype(np.int16), padding),
+        position_ids=torch.from_numpy(np.concatenate([positions, np.arange(padding)])),
+        cu_seqlens=torch.from_numpy(np.concatenate([begins, ends]).astype(np.int32)),
+        domains=torch.from_numpy(domains),
         mtp_tokens=_stacked([step.ids for step in ahead[:-1]], b * s, padding),
         mtp_labels=_stacked([step.labels for step in ahead[1:]], b * s, padding),
         mtp_loss_mask=_stacked([step.trained for step in ahead[1:]], b * s, padding).bool(),
-        padding_mask=padding_mask,
-        num_padding=int(padding_mask.sum()),
+        padding_mask=torch.from_numpy(is_padding),
+        num_padding=int(np.count_nonzero(is_padding)),
     )
 
 
@@ -144,32 +143,40 @@ class _Ahead:
     trained: np.ndarray
 
 
-def _num_real(row: Row, s: int) -> int:
-    """Return how many of the s + 1 tokens of a row are data."""
-    return s - row.num_padding if row.num_padding else s + 1
+def _loss_mask(rows: Sequence[Row]) -> np.ndarray | None:
+    """Return [b, s + 1] bool: tokens worth predicting; None for all."""
+    if all(row.loss_mask is None for row in rows):
+        return None
+    ones = np.ones(len(rows[0].tokens), dtype=bool)
+    return np.stack([ones if row.loss_mask is None else row.loss_mask for row in rows])
 
 
-def _ahead(tokens: np.ndarray, documents: np.ndarray, trained: np.ndarray, k: int) -> _Ahead:
-    """Return the tokens k ahead.
+def _ahead(
+    tokens: np.ndarray, breaks: np.ndarray, loss_mask: np.ndarray | None, depth: int
+) -> Iterator[_Ahead]:
+    """Yield the tokens 1 to `depth` ahead.
 
     Args:
         tokens: [b, s + 1]
-        documents: [b, s + 1] number of the document in its row; 0 for no data.
-        trained: [b, s + 1] bool: worth predicting.
-        k: from 1.
+        breaks: [b, s + 1] bool: the token does not go on from the one before.
+        loss_mask: [b, s + 1] bool: worth predicting; None for all.
+        depth: at least 1.
     """
     b, s = tokens.shape[0], tokens.shape[1] - 1
-    ids, mask = np.zeros((b, s), dtype=np.int64), np.zeros((b, s), dtype=bool)
-    num = max(0, s + 1 - k)
-    here, there = documents[:, :num], documents[:, k : k + num]
-    exists = (here == there) & (there > 0)
-    ids[:, :num] = np.where(exists, tokens[:, k : k + num], 0)
-    mask[:, :num] = exists & trained[:, k : k + num]
-    return _Ahead(ids, np.where(mask, ids, 0), mask)
+    exists = np.ones((b, s + 1), dtype=bool)
+    for k in range(1, depth + 1):
+        num = max(0, s + 1 - k)
+        exists = exists[:, :num] & ~breaks[:, k : k + num]
+        ids, labels, mask = (np.zeros((b, s), dtype=x) for x in (np.int64, np.int64, bool))
+        np.copyto(ids[:, :num], tokens[:, k : k + num], where=exists)
+        mask[:, :num] = exists if loss_mask is None else exists & loss_mask[:, k : k + num]
+        np.copyto(labels, ids, where=mask)
+        yield _Ahead(ids, labels, mask)
 
 
 def _flat(values: np.ndarray, padding: int) -> Tensor:
-    return torch.from_numpy(np.pad(values.reshape(-1), (0, padding)))
+    flat = values.reshape(-1)
+    return torch.from_numpy(np.concatenate([flat, np.zeros(padding, flat.dtype)]))
 
 
 def _stacked(values: list[np.ndarray], num_tokens: int, padding: int) -> Tensor:

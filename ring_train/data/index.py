@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of every name; raised when the content of any kind of file changes its meaning."""
-MIN_BYTES = 1 << 20
-"""Smaller arrays are computed again in each process rather than kept."""
+MIN_WORK = 250_000
+"""What takes fewer steps than this is computed again in each process rather than kept."""
 SLOW_S = 1.0
 """A build that takes longer is logged."""
 
@@ -45,7 +46,7 @@ class IndexFolder:
         kind: str,
         made_from: dict[str, Any],
         build: Callable[[], np.ndarray],
-        num_bytes: int,
+        work: int,
     ) -> np.ndarray:
         """Return the mapped array of `build()`, which is called only if the file is not there.
 
@@ -53,26 +54,28 @@ class IndexFolder:
             kind: begins the file's name.
             made_from: everything the content depends on, as JSON types.
             build: computes the content.
-            num_bytes: about how large it is.
+            work: about how many steps `build` takes.
 
         Raises:
             DataError: the folder cannot be written, or a file in it is damaged.
         """
-        if num_bytes < MIN_BYTES:
+        if work < MIN_WORK:
             return build()
         path = self.folder / f"{kind}-{digest({'kind': kind, 'version': VERSION, **made_from})}.npy"
         if not path.exists():
-            with self._lock(path):
+            with self._lock(path) as is_locked:
                 if not path.exists():
+                    if is_locked:
+                        _remove_partials(path)
                     _build(path, build)
         try:
             return np.asarray(np.load(path, mmap_mode="r"))
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, OSError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it to build it again") from error
 
     @contextlib.contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
-        """Hold the lock of one file; released by the system if this process dies."""
+    def _lock(self, path: Path) -> Iterator[bool]:
+        """Hold the lock of one file, if there are locks; released if this process dies."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             stream = path.with_suffix(".lock").open("w")
@@ -82,9 +85,11 @@ class IndexFolder:
                 "folder that can, or build there first with `python -m ring_train.jobs.build_index`"
             ) from error
         with stream:
+            is_locked = False
             with contextlib.suppress(OSError):  # no locks here: see the module's docstring
                 fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+                is_locked = True
+            yield is_locked
 
 
 def digest(content: dict[str, Any]) -> str:
@@ -93,12 +98,16 @@ def digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _remove_partials(path: Path) -> None:
+    """Remove what processes left that were killed while they held the lock."""
+    for left in path.parent.glob(f"{path.stem}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
 def _build(path: Path, build: Callable[[], np.ndarray]) -> None:
     started = time.monotonic()
-    for left in path.parent.glob(f"{path.stem}.*.partial"):
-        left.unlink(missing_ok=True)  # of a process that was killed
     content = build()
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as stream:
             np.save(stream, content, allow_pickle=False)

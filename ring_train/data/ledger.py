@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ring_train.data.batch import Batch
-from ring_train.data.mixture import Mixture
 from ring_train.plan import Phase
 
 Ledger = dict[str, dict[str, int]]
@@ -22,21 +21,6 @@ def count_tokens(micro_batches: Sequence[Batch], num_domains: int) -> np.ndarray
         real = batch.domains[~batch.padding_mask].numpy()
         counts += np.bincount(real, minlength=num_domains)
     return counts
-
-
-def planned_tokens(mixture: Mixture, sample: int) -> np.ndarray:
-    """Return [phases, domains] int64 tokens of the first `sample` samples, from the plan alone."""
-    tokens = np.zeros((len(mixture.phases), len(mixture.domains)), dtype=np.int64)
-    rows = mixture.rows_before(sample)
-    for number, phase in enumerate(mixture.phases):
-        for domain, name in enumerate(mixture.domains):
-            if rows[number, domain]:
-                tokens[number, domain] = mixture.streams[name].num_tokens(
-                    int(mixture.starts[number, domain]),
-                    int(rows[number, domain]),
-                    phase.batch.seq_length,
-                )
-    return tokens
 
 
 def make_ledger(phases: Sequence[Phase], domains: Sequence[str], tokens: np.ndarray) -> Ledger:

@@ -96,8 +96,10 @@ class HeldOut:
         return [read_row(stream, i * s, s, number) for i in range(self._count(phase))]
 
     def problems(self) -> list[str]:
-        """Return which shards are too short for which phase."""
+        """Return which shards are too short for which phase; none if nothing is evaluated."""
         found = []
+        if not self.plan.config.train.eval_interval_steps:
+            return found
         for stream in self.streams.values():
             for phase in self.plan.phases:
                 rows = (stream.epoch_length - 1) // phase.batch.seq_length
@@ -131,15 +133,16 @@ def build_batches(plan: Plan) -> Batches:
         tokenizer=config.data.tokenizer,
         vocab_size=config.model.vocab_size,
         eos_token_id=config.model.eos_token_id,
-        seq_length=plan.batch.seq_length,
     )
     index = IndexFolder(Path(config.data.index_dir or Path(config.run_dir) / "index"))
     shards, streams = {}, {}
     for name in sorted(config.data.domains):
         shards[name] = open_shard(config.data.domains[name].path, expected)
-        length = _row_length(plan, name)
-        if length is not None:
-            streams[name] = _build_stream(plan, name, shards[name], index, length)
+        phases = [phase for phase in plan.phases if phase.shares[name]]
+        if phases:
+            stream = _build_stream(plan, name, shards[name], index, phases[0].batch.seq_length)
+            _check_rows(plan, name, stream, phases)
+            streams[name] = stream
     mixture = Mixture(plan.phases, streams, index)
     check_mixture(plan, mixture)
     held_out = HeldOut(
@@ -171,10 +174,16 @@ def _collate(plan: Plan, rows: Iterable[Row]) -> Batch:
     )
 
 
-def _row_length(plan: Plan, domain: str) -> int | None:
-    """Return the tokens of a domain's rows in the first phase that reads it; None if none does."""
-    lengths = [phase.batch.seq_length for phase in plan.phases if phase.shares[domain]]
-    return lengths[0] if lengths else None
+def _check_rows(plan: Plan, name: str, stream: DomainStream, phases: list[Phase]) -> None:
+    """Raise a DataError if a domain cannot fill one row of the phases that read it."""
+    longest = max(phases, key=lambda phase: phase.batch.seq_length)
+    needed = longest.batch.seq_length + 1
+    if plan.config.data.packing is Packing.contiguous and stream.epoch_length < needed:
+        path = f"phases.{longest.name}" if plan.config.phases else "train"
+        raise DataError(
+            f"data.domains.{name}: {stream.shard.prefix}.bin has {stream.epoch_length} tokens for "
+            f"it, fewer than {path}.seq_length + 1 = {needed}; shorten the rows or give more text"
+        )
 
 
 def _build_stream(
@@ -198,9 +207,10 @@ def _build_stream(
 
 
 def _check_selection(name: str, domain: DomainConfig, shard: Shard, selection: Selection) -> None:
-    """Raise a DataError if no document of a domain is selected."""
+    """Raise a DataError if no token of a domain is selected."""
     selected = selection.documents(shard.lengths)
-    if selected is not None and len(selected) == 0:
+    num_tokens = shard.num_tokens if selected is None else shard.lengths[selected].sum()
+    if num_tokens == 0:
         raise DataError(
             f"data.domains.{name}: none of {shard.num_documents} documents of {shard.prefix} has "
             f"min_document_tokens={domain.min_document_tokens} to max_document_tokens="

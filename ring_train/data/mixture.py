@@ -15,9 +15,15 @@ from typing import Any
 import numpy as np
 
 from ring_train.data.batch import Row
-from ring_train.data.blend import BlendSchedule, block_states, num_block_states, reduced_shares
+from ring_train.data.blend import (
+    BLOCK_SAMPLES,
+    BlendSchedule,
+    block_states,
+    num_block_states,
+    reduced_shares,
+)
 from ring_train.data.errors import DataError
-from ring_train.data.index import IndexFolder, digest
+from ring_train.data.index import IndexFolder
 from ring_train.data.samples import DomainStream, read_row
 from ring_train.plan import Phase, Plan
 
@@ -73,6 +79,19 @@ class Mixture:
             counts[number] = self._schedules[number].counts(inside)
         return counts
 
+    def tokens_before(self, sample: int) -> np.ndarray:
+        """Return [phases, domains] int64: tokens of the first `sample` samples, no padding."""
+        tokens = np.zeros((len(self.phases), len(self.domains)), dtype=np.int64)
+        rows = self.rows_before(sample)
+        for number, phase in enumerate(self.phases):
+            for domain in np.flatnonzero(rows[number]).tolist():
+                tokens[number, domain] = self.streams[self.domains[domain]].num_tokens(
+                    int(self.starts[number, domain]),
+                    int(rows[number, domain]),
+                    phase.batch.seq_length,
+                )
+        return tokens
+
     def epochs(self) -> dict[str, float]:
         """Return how often the run reads each domain."""
         ends = self.starts[-1]
@@ -98,14 +117,14 @@ class Mixture:
 
 
 def open_schedule(phase: Phase, index: IndexFolder) -> BlendSchedule:
-    """Return the schedule of a phase; that of a billion samples is computed once and mapped."""
+    """Return the schedule of a phase; a long one is computed once and mapped from then on."""
     shares = list(phase.shares.values())
     num_blocks = num_block_states(shares, phase.num_samples)
     states = index.array(
         "blend",
         {"shares": list(reduced_shares(shares)), "blocks": num_blocks},
         functools.partial(block_states, shares, phase.num_samples),
-        8 * len(shares) * num_blocks,
+        num_blocks * BLOCK_SAMPLES,
     )
     return BlendSchedule(shares, phase.num_samples, states)
 
@@ -114,9 +133,8 @@ def mixture_problems(plan: Plan, mixture: Mixture) -> list[str]:
     """Return which domains are read more often, or further, than they may be."""
     problems = []
     epochs = mixture.epochs()
-    lengths = np.array([phase.batch.seq_length for phase in plan.phases])
     num_samples = sum(phase.num_samples for phase in plan.phases)
-    read_tokens = lengths @ mixture.rows_before(num_samples)
+    read_tokens = mixture.tokens_before(num_samples).sum(0)
     for number, name in enumerate(mixture.domains):
         config = plan.config.data.domains[name]
         tokens = int(read_tokens[number])
@@ -141,31 +159,7 @@ def check_mixture(plan: Plan, mixture: Mixture) -> None:
         raise DataError("\n".join(problems))
 
 
-def check_same_samples(
-    before: list[dict[str, Any]], now: list[dict[str, Any]], num_samples: int
-) -> None:
-    """Raise a DataError if the first `num_samples` samples of two mixture records differ.
-
-    What lies ahead may be planned anew: later phases freely, and the length of the phase that the
-    run is in as long as its shares stay.
-    """
-    for old, new in itertools.zip_longest(before, now):
-        if old is None or old["first_sample"] >= num_samples:
-            return
-        keys = ["name", "source", "first_sample", "seq_length", "shares", "ramp"]
-        if old["first_sample"] + old["num_samples"] <= num_samples:
-            keys.append("num_samples")
-        changed = keys if new is None else [key for key in keys if old[key] != new[key]]
-        if changed:
-            raise DataError(
-                f"the run has read {num_samples} samples, among them of phase {old['name']!r}, "
-                f"whose {', '.join(changed)} changed: {[old[key] for key in changed]} is now "
-                f"{None if new is None else [new[key] for key in changed]}; restore them, or plan "
-                "changes in later phases"
-            )
-
-
-def mixture_record(plan: Plan, shards: Mapping[str, str]) -> list[dict[str, object]]:
+def mixture_record(plan: Plan, shards: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return per phase what its samples depend on, so that a resumed run can be compared.
 
     Args:
@@ -173,24 +167,65 @@ def mixture_record(plan: Plan, shards: Mapping[str, str]) -> list[dict[str, obje
         shards: hash of each domain's shard.
     """
     data = plan.config.data
-    domains = {
-        name: {
-            "shard": sha256,
-            "min_document_tokens": data.domains[name].min_document_tokens,
-            "max_document_tokens": data.domains[name].max_document_tokens,
-        }
-        for name, sha256 in shards.items()
-    }
-    source = digest({"seed": plan.config.seed, "packing": data.packing.value, "domains": domains})
     return [
         {
             "name": phase.name,
-            "source": source,
+            "seed": plan.config.seed,
+            "packing": data.packing.value,
             "first_sample": phase.first_sample,
             "num_samples": phase.num_samples,
             "seq_length": phase.batch.seq_length,
-            "shares": phase.shares,
             "ramp": [list(stage) for stage in phase.ramp],
+            "domains": {
+                name: {
+                    "share": share,
+                    "shard": shards[name],
+                    "min_document_tokens": data.domains[name].min_document_tokens,
+                    "max_document_tokens": data.domains[name].max_document_tokens,
+                }
+                for name, share in phase.shares.items()
+                if share
+            },
         }
         for phase in plan.phases
     ]
+
+
+def check_same_samples(
+    before: list[dict[str, Any]], now: list[dict[str, Any]], num_samples: int
+) -> None:
+    """Raise a DataError if the first `num_samples` samples of two mixture records differ.
+
+    What lies ahead may be planned anew: later phases freely, new domains among them, and the length
+    of the phase that the run is in as long as its shares stay.
+    """
+    for old, new in itertools.zip_longest(before, now):
+        if old is None or old["first_sample"] >= num_samples:
+            return
+        was, is_now = (_read_part(record, num_samples) for record in (old, new or {}))
+        changed = [
+            f"{key}={is_now.get(key)} (was {was.get(key)})"
+            for key in sorted(was.keys() | is_now.keys())
+            if was.get(key) != is_now.get(key)
+        ]
+        if changed:
+            raise DataError(
+                f"the run has read {num_samples} samples, among them of phase {old['name']!r}, of "
+                f"which these changed: {'; '.join(changed)}; restore them, and plan changes in "
+                "later phases only"
+            )
+
+
+def _read_part(record: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """Return what the samples below `num_samples` of a phase depend on, under dotted keys."""
+    if not record:
+        return {}
+    plain = {key: record[key] for key in ("name", "seed", "packing", "first_sample", "seq_length")}
+    read = min(record["num_samples"], num_samples - record["first_sample"])
+    domains = {
+        f"domains.{name}.{key}": value
+        for name, domain in record["domains"].items()
+        for key, value in domain.items()
+    }
+    stages = [stage for stage in record["ramp"] if stage[1] < num_samples]
+    return {**plain, "samples read": read, "batch sizes": stages, **domains}

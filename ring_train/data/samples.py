@@ -142,15 +142,14 @@ class ContiguousStream:
             order = shuffled(count, self._key, epoch)
             return order if selected is None else selected[order].astype(np.uint32)
 
-        num_bytes = 4 * self.shard.num_documents
-        order = self._index.array("order", made_from, build_order, num_bytes)
+        order = self._index.array("order", made_from, build_order, self.shard.num_documents)
 
         def build_starts() -> np.ndarray:
             starts = np.zeros(len(order) + 1, dtype=np.int64)
             np.cumsum(self.shard.lengths[order], out=starts[1:])
             return starts
 
-        return order, self._index.array("starts", made_from, build_starts, 8 * len(order))
+        return order, self._index.array("starts", made_from, build_starts, len(order))
 
 
 class PackedStream:
@@ -189,7 +188,7 @@ class PackedStream:
 
         def part(name: str) -> np.ndarray:
             build: Callable[[], np.ndarray] = lambda: getattr(packed(), name)  # noqa: E731
-            return index.array(f"pack_{name}", made_from, build, 8 * shard.num_documents)
+            return index.array(f"pack_{name}", made_from, build, shard.num_documents)
 
         self.rows = PackedRows(*(part(f.name) for f in dataclasses.fields(PackedRows)))
         self._order = functools.lru_cache(maxsize=2)(self._open_order)
@@ -220,15 +219,19 @@ class PackedStream:
     def num_tokens(self, position: int, num_rows: int, seq_length: int) -> int:
         """Return the tokens of the pieces of consecutive rows."""
         assert seq_length == self.seq_length
-        ends = np.cumsum(self.rows.lengths)[self.rows.row_starts[1:] - 1]
-        row_tokens = np.diff(ends, prepend=0)
         total, place = 0, position
         while place < position + num_rows:
             epoch, first = divmod(place, self.epoch_length)
             count = min(self.epoch_length - first, position + num_rows - place)
-            total += int(row_tokens[self._order(epoch)[first : first + count]].sum())
+            total += int(self._row_tokens[self._order(epoch)[first : first + count]].sum())
             place += count
         return total
+
+    @functools.cached_property
+    def _row_tokens(self) -> np.ndarray:
+        """[rows] tokens of each row of the packing."""
+        ends = np.cumsum(self.rows.lengths)[self.rows.row_starts[1:] - 1]
+        return np.diff(ends, prepend=0)
 
     def _open_order(self, epoch: int) -> np.ndarray:
         made_from = {**self._made_from, "key": self._key, "epoch": epoch}
@@ -236,7 +239,7 @@ class PackedStream:
             "rows",
             made_from,
             lambda: shuffled(self.epoch_length, self._key, epoch),
-            4 * self.epoch_length,
+            self.epoch_length,
         )
 
 
@@ -273,7 +276,7 @@ def stream_key(seed: int, name: str) -> int:
 
 def shuffled(count: int, key: int, epoch: int) -> np.ndarray:
     """Return 0..count-1 in a random order as uint32: a pure function of the arguments."""
-    words = (np.random.Philox(key=[key, epoch]).random_raw(count) >> np.uint64(33)).astype(np.int64)
+    words = (_words(count, key, epoch) >> np.uint64(33)).astype(np.int64)
     shuffle = quick(_shuffle, count, INTERPRETED_SHUFFLE)
     if shuffle is _shuffle:
         order = list(range(count))
@@ -282,6 +285,11 @@ def shuffled(count: int, key: int, epoch: int) -> np.ndarray:
     numbers = np.arange(count, dtype=np.uint32)
     shuffle(numbers, words)
     return numbers
+
+
+def _words(count: int, key: int, epoch: int) -> np.ndarray:
+    """Return [count] uint64 random words of a 64-bit key and a counter."""
+    return np.random.Philox(key=np.array([key, epoch], dtype=np.uint64)).random_raw(count)
 
 
 def _shuffle(order: Any, words: Any) -> None:

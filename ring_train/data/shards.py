@@ -73,25 +73,17 @@ class Expected:
     vocab_size: int
     """Rows of the model's embedding."""
     eos_token_id: int
-    seq_length: int
 
 
 def open_shard(prefix: str, expected: Expected) -> Shard:
     """Return a shard after checking it against its manifest, the tokenizer and the model.
 
     Raises:
-        DataError: missing or torn files, another tokenizer, ids beyond the embedding, or fewer
-            tokens than one row with its label.
+        DataError: missing or torn files, another tokenizer, or ids beyond the embedding.
     """
     manifest = _read_manifest(prefix)
     _check_tokenizer(prefix, manifest, expected)
-    shard = _map_files(prefix, manifest)
-    if shard.num_tokens < expected.seq_length + 1:
-        raise DataError(
-            f"{prefix}.bin has {shard.num_tokens} tokens, fewer than train.seq_length + 1 = "
-            f"{expected.seq_length + 1}; shorten the rows or give more text"
-        )
-    return shard
+    return _map_files(prefix, manifest)
 
 
 def tokenizer_fingerprint(folder: str) -> str:

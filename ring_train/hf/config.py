@@ -6,6 +6,7 @@ the decay rule of a linear model is never guessed.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,13 @@ def _rope_scaling_problems(scaling: Any) -> list[str]:
     """Return what the trainer does not implement of a folder's rope_scaling."""
     if scaling is None:
         return []
-    numbers = {key: scaling.get(key) for key in YARN_KEYS} if isinstance(scaling, dict) else {}
+    numbers: dict[str, Any] = (
+        {key: scaling.get(key) for key in YARN_KEYS} if isinstance(scaling, dict) else {}
+    )
     kind = scaling.get("rope_type", scaling.get("type")) if numbers else None
     others = set(scaling) - {*YARN_KEYS, "rope_type", "type"} if numbers else set()
-    if kind == "yarn" and not others and all(isinstance(v, int | float) for v in numbers.values()):
+    sound = all(type(x) in (int, float) and math.isfinite(x) and x > 1 for x in numbers.values())
+    if kind == "yarn" and not others and sound:
         return []
     return [
         f"rope_scaling={scaling!r}, but only null and rope_type=yarn with "

@@ -48,7 +48,8 @@ def main(overrides: list[str]) -> None:
             first = int(stream.shard.begins(pieces.documents[[place_in_row]])[0])
             part = stream.shard.tokens[first + begin : first + end_of]
             sys.stdout.write(f"    {json.dumps(decode(part.tolist()), ensure_ascii=False)}\n")
-    sys.stdout.write("the last token is only the label of the one before\n")
+    if place.phase.batch.seq_length not in row.document_starts and not row.num_padding:
+        sys.stdout.write("the last token is only the label of the one before\n")
 
 
 def document_ids(prefix: str, documents: list[int]) -> dict[int, str]:

@@ -73,8 +73,8 @@ def export_plan(folder: Path, config: ExportConfig) -> Plan:
     train = dataclasses.replace(saved.train, precision=Precision.fp32)
     whole = dataclasses.replace(saved, train=train, parallel=ParallelConfig())
     step = json.loads((folder / STATE_FILE).read_text())["step"]
-    model = model_at(make_plan(whole, 1), step)
-    return make_plan(dataclasses.replace(whole, model=model), 1)
+    plan = make_plan(whole, 1)
+    return dataclasses.replace(plan, config=dataclasses.replace(whole, model=model_at(plan, step)))
 
 
 def _check_decay_rule(folder: Path, saved: Config, config: ExportConfig) -> None:

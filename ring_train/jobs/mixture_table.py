@@ -1,13 +1,12 @@
 """What a mixture reads, as text."""
 
-from ring_train.data.ledger import planned_tokens
 from ring_train.data.mixture import Mixture
 
 
 def mixture_table(mixture: Mixture) -> str:
     """Return a line per phase and domain: tokens, share of the phase, passes over the domain."""
     end = sum(phase.num_samples for phase in mixture.phases)
-    tokens = planned_tokens(mixture, end)
+    tokens = mixture.tokens_before(end)
     rows = [("phase", "domain", "tokens", "share of rows", "epochs read by its end")]
     for number, phase in enumerate(mixture.phases):
         total = sum(phase.shares.values())

@@ -23,6 +23,7 @@ def pretrain(config: Config) -> None:
     import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
     from ring_train.checkpoint import Checkpointer
     from ring_train.data.loader import build_batches
+    from ring_train.data.mixture import check_same_samples
     from ring_train.jobs.initial_weights import check_initial_weights, load_initial_weights
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
@@ -41,6 +42,7 @@ def pretrain(config: Config) -> None:
             load_initial_weights(plan, model, groups.collection)
         optimizer = build_optimizer(plan, model, groups.collection)
         state = checkpoints.restore_or_init(model, optimizer)
+        check_same_samples(state.mixture, batches.mixture_record(), state.consumed_samples)
         write_run_record(plan, batches, groups.rank)
         trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups)
         trainer.train(state)

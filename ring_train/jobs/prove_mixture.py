@@ -4,6 +4,7 @@ Every checkpoint says how many tokens of each domain the trainer has read; the p
 that must be. Exits 0 if all agree, 1 if one does not.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from ring_train.config import ProveMixtureConfig, compose
 from ring_train.errors import UserError
+from ring_train.jobs.recorded_run import read_json
 from ring_train.runtime.errors import run_job
 
 DIFFERENT_STATUS = 1
@@ -20,7 +22,7 @@ def main(overrides: list[str]) -> None:
     """Compare the ledgers of the run that the overrides name with its plan."""
     request: ProveMixtureConfig = compose("prove_mixture", overrides)
 
-    from ring_train.data.ledger import make_ledger, planned_tokens
+    from ring_train.data.ledger import make_ledger
     from ring_train.jobs.mixture_table import mixture_table
     from ring_train.jobs.recorded_run import open_run
 
@@ -31,13 +33,13 @@ def main(overrides: list[str]) -> None:
         end = sum(phase.num_samples for phase in plan.phases)
         if not 0 <= request.sample <= end:
             raise UserError(f"sample={request.sample} is beyond the run; choose 0 to {end}")
-        tokens = planned_tokens(mixture, request.sample)
+        tokens = mixture.tokens_before(request.sample)
         ledger = make_ledger(plan.phases, mixture.domains, tokens)
         sys.stdout.write(f"after {request.sample} samples: {json.dumps(ledger)}\n")
     wrong = 0
     records = recorded_ledgers(Path(request.run))
     for name, record in records:
-        tokens = planned_tokens(mixture, record["samples"])
+        tokens = mixture.tokens_before(record["samples"])
         planned = make_ledger(plan.phases, mixture.domains, tokens)
         if planned == record["ledger"]:
             continue
@@ -60,14 +62,17 @@ def recorded_ledgers(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     found = []
     for path in sorted(folder.glob("checkpoints/step_*/train_state.json")):
-        state = json.loads(path.read_text())
+        state = read_json(path)
+        if not isinstance(state, dict) or not state.get("mixture"):
+            continue  # of a version without ledgers
         samples, ledger = state["consumed_samples"], state["ledger"]
         found.append((path.parent.name, {"samples": samples, "ledger": ledger}))
     log = folder / "ledger.jsonl"
     for line in log.read_text().splitlines() if log.exists() else []:
-        record = json.loads(line)
-        entry = {"samples": record["samples"], "ledger": record["tokens"]}
-        found.append((f"step {record['step']}", entry))
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+            record = json.loads(line)
+            entry = {"samples": record["samples"], "ledger": record["tokens"]}
+            found.append((f"step {record['step']}", entry))
     if not found:
         raise UserError(f"run={folder} has no checkpoint and no ledger.jsonl; train first")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ring_train.config import Config, read_yaml
 from ring_train.errors import UserError
@@ -22,18 +22,36 @@ def open_run(folder: Path) -> tuple[Plan, Batches]:
         UserError: the folder is not a run's, or its data is not what the run read.
     """
     from ring_train.data.loader import build_batches
+    from ring_train.data.mixture import check_same_samples
 
-    if not (folder / "plan.json").is_file():
-        raise UserError(f"run={folder} has no plan.json; name the folder of a run that has trained")
+    files = ("config.yaml", "plan.json", "data.json")
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"run={folder} has no {', '.join(missing)}; name the folder of a run that has trained"
+        )
     config: Config = read_yaml(folder / "config.yaml")
-    world_size = json.loads((folder / "plan.json").read_text())["mesh"]["world_size"]
+    world_size = read_json(folder / "plan.json")["mesh"]["world_size"]
     data = dataclasses.replace(
         config.data, index_dir=config.data.index_dir or str(folder / "index")
     )
     plan = make_plan(dataclasses.replace(config, data=data), world_size)
     batches = build_batches(plan)
-    check_data(folder, json.loads((folder / "data.json").read_text()), batches)
+    check_data(folder, read_json(folder / "data.json"), batches)
+    states = sorted(folder.glob("checkpoints/step_*/train_state.json"))
+    if states:
+        state = read_json(states[-1])
+        samples = state["consumed_samples"]
+        check_same_samples(state.get("mixture", []), batches.mixture_record(), samples)
     return plan, batches
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file of a run, or raise a UserError."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
 
 
 def check_data(folder: Path, recorded: dict[str, str], batches: Batches) -> None:

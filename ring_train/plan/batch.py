@@ -1,6 +1,7 @@
 """Batch arithmetic: how rows, micro batches and tokens add up to a step."""
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 from ring_train.config import Config, LrDecayStyle, ModelConfig
@@ -80,9 +81,9 @@ def size_problems(sizes: RowSizes, model: ModelConfig, mesh: Mesh) -> list[str]:
 def _context_problems(sizes: RowSizes, model: ModelConfig) -> list[str]:
     """Return whether rows are longer than the position embedding is meant for."""
     factor = sizes.rotary_scaling_factor
-    if factor < 1:
+    if not (factor >= 1 and isfinite(factor)):
         return [
-            f"{sizes.path}: rotary_scaling_factor={factor} is below 1; 1 leaves the position "
+            f"{sizes.path}: rotary_scaling_factor={factor} is not 1 or more; 1 leaves the position "
             "embedding as it is, 4 stretches it four times"
         ]
     if factor > 1 and model.original_max_position_embeddings is None:

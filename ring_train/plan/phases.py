@@ -235,17 +235,8 @@ def _mixture_problems(sizes: Sizes, config: Config) -> list[str]:
     """Return what is wrong with the length and the domains of a phase."""
     if not config.phases:
         return []  # train and data.domains are checked by themselves
-    problems = []
+    problems = _length_problems(sizes) + _rope_problems(sizes)
     domains = config.data.domains
-    if sizes.tokens and (sizes.num_steps is not None):
-        problems.append(
-            f"{sizes.path}: tokens and num_steps={sizes.num_steps} both give its length; "
-            "keep the token budgets, or num_steps with weights"
-        )
-    if not sizes.tokens and not sizes.num_steps:
-        problems.append(
-            f"{sizes.path}: nothing gives its length; add num_steps, or tokens of each domain"
-        )
     for key, entries in (("tokens", sizes.tokens), ("weights", sizes.weights)):
         for name, value in entries.items():
             path = f"{sizes.path}.{key}.{name}={value}"
@@ -267,6 +258,37 @@ def _mixture_problems(sizes: Sizes, config: Config) -> list[str]:
         for name, tokens in sizes.tokens.items()
         if tokens % sizes.seq_length
     ]
+
+
+def _length_problems(sizes: Sizes) -> list[str]:
+    """Return what is wrong with how a phase says its length."""
+    if sizes.num_steps is None:
+        if sizes.tokens:
+            return []
+        return [f"{sizes.path}: nothing gives its length; add num_steps, or tokens of each domain"]
+    if sizes.tokens:
+        return [
+            f"{sizes.path}: tokens and num_steps={sizes.num_steps} both give its length; "
+            "keep the token budgets, or num_steps with weights"
+        ]
+    if sizes.num_steps < 1:
+        return [f"{sizes.path}.num_steps={sizes.num_steps} is not positive; choose 1 or more"]
+    return []
+
+
+def _rope_problems(sizes: Sizes) -> list[str]:
+    """Return which numbers of position embedding and router are not what they can be."""
+    problems = []
+    if not (sizes.rotary_base > 1 and isfinite(sizes.rotary_base)):
+        problems.append(
+            f"{sizes.path}.rotary_base={sizes.rotary_base} is not above 1; choose e.g. 600000"
+        )
+    rate = sizes.moe_router_bias_update_rate
+    if not (rate >= 0 and isfinite(rate)):
+        problems.append(
+            f"{sizes.path}.moe_router_bias_update_rate={rate} is not 0 or more; choose e.g. 0.001"
+        )
+    return problems
 
 
 def _ramp_problems(sizes: Sizes, mesh: Mesh) -> list[str]:

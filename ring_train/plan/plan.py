@@ -2,9 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
-from ring_train.config import Architecture, Config, ModelConfig, ScoreFunction
+from ring_train.config import Architecture, Config, DomainConfig, ModelConfig, ScoreFunction
 from ring_train.plan.batch import BatchPlan, schedule_problems
 from ring_train.plan.cost import Cost, make_cost
 from ring_train.plan.fields import passthrough_problems
@@ -152,11 +153,7 @@ def _numbers(config: Config, table: dict[str, tuple[str, ...]]) -> list[tuple[st
 def run_problems(config: Config) -> list[str]:
     """Return what is wrong with the mixture, validation and the start of a run."""
     domains, train = config.data.domains, config.train
-    problems = [
-        f"data.domains.{name}.weight={domain.weight} is negative; choose 0 or more"
-        for name, domain in domains.items()
-        if not domain.weight >= 0
-    ]
+    problems = [line for name, domain in domains.items() for line in _domain_problems(name, domain)]
     if domains and not any(domain.weight > 0 for domain in domains.values()):
         problems.append("data.domains.*.weight=0: nothing to sample; give one domain a weight")
     if train.eval_interval_steps and not train.eval_steps:
@@ -168,6 +165,23 @@ def run_problems(config: Config) -> list[str]:
         problems.append(
             f"decay_layer_rule={config.decay_layer_rule} says how to read the folder of init_from, "
             "which is null; for a new model set model.decay_layer_rule"
+        )
+    return problems
+
+
+def _domain_problems(name: str, domain: DomainConfig) -> list[str]:
+    """Return which numbers of a domain are not what they can be."""
+    path = f"data.domains.{name}"
+    problems = []
+    if not (domain.weight >= 0 and isfinite(domain.weight)):
+        problems.append(f"{path}.weight={domain.weight} is not 0 or more; choose a finite share")
+    for key in ("max_epochs", "max_tokens", "max_document_tokens"):
+        value = getattr(domain, key)
+        if value is not None and not (value > 0 and isfinite(value)):
+            problems.append(f"{path}.{key}={value} is not positive; null means no limit")
+    if domain.min_document_tokens < 0:
+        problems.append(
+            f"{path}.min_document_tokens={domain.min_document_tokens} is negative; choose 0 or more"
         )
     return problems
 

@@ -15,7 +15,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from ring_train.checkpoint import Checkpointer, TrainState
 from ring_train.data.ledger import Ledger, count_tokens, ledger_array, make_ledger
 from ring_train.data.loader import Batches
-from ring_train.data.mixture import check_same_samples
 from ring_train.model.build import enter_phase
 from ring_train.plan import Phase, Plan, StepPlan
 from ring_train.runtime.distributed import Groups
@@ -60,11 +59,7 @@ class Trainer:
         """Train from `state` to the end of the plan, its step limit or time limit; return where.
 
         A checkpoint is saved at every interval and whenever the loop ends. Collective.
-
-        Raises:
-            DataError: the samples read so far are not those of the plan.
         """
-        check_same_samples(state.mixture, self.batches.mixture_record(), state.consumed_samples)
         state = replace(state, mixture=self.batches.mixture_record())
         self.resumed_ledger = state.ledger
         config = self.plan.config.train

@@ -74,10 +74,13 @@ def _write_record(plan: Plan, batches: Batches) -> str | None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         data_file = run_dir / DATA_FILE
-        if data_file.exists() and json.loads(data_file.read_text()) != hashes:
+        recorded = json.loads(data_file.read_text()) if data_file.exists() else {}
+        changed = [name for name in recorded if recorded[name] != hashes.get(name, recorded[name])]
+        if changed:
             return (
-                f"run_dir={run_dir} was started on other data (see {data_file}); a resumed run "
-                "must read the same tokens: restore the data or choose another run_dir"
+                f"run_dir={run_dir} was started on other data of {', '.join(changed)} (see "
+                f"{data_file}); a resumed run must read the same tokens: restore the data, name "
+                "new data as new domains, or choose another run_dir"
             )
         _warn_of_changes(run_dir / CONFIG_FILE, plan.config)
         _write(data_file, json.dumps(hashes, indent=1))

@@ -1,6 +1,7 @@
 """What a person gets wrong stops before training: status 2, one message, nothing damaged."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -138,17 +139,31 @@ def test_a_run_folder_of_another_model_is_refused(
     assert contents(run_dir) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("path={corpus}/math", "the run has read 32 samples, .*domains.code.shard="),
+        ("valid_path={corpus}/math_valid", "run_dir=.* was started on other data of code.valid"),
+    ],
+    ids=["training", "held-out"],
+)
 def test_a_run_folder_on_other_data_is_refused_by_all_ranks(
-    trained: Path, corpus: Path, training: list[str], on_ranks: OnRanks, tmp_path: Path
+    change: str,
+    message: str,
+    trained: Path,
+    corpus: Path,
+    training: list[str],
+    on_ranks: OnRanks,
+    tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     before = contents(run_dir)
     words = [*training, "parallel=ep2", f"run_dir={run_dir}"]
-    words.append(f"data.domains.code.path={corpus}/math")
+    words.append(f"data.domains.code.{change.format(corpus=corpus)}")
     for outcome in on_ranks(2, run_command, "ring_train.jobs.pretrain", words):
         assert outcome.status == 2
-        assert outcome.stderr.splitlines()[-1].startswith(f"error: run_dir={run_dir} was started")
+        assert re.search(f"^error: {message}", outcome.stderr.splitlines()[-1])
     assert contents(run_dir) == before
 
 

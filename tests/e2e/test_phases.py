@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ring_train.config import read_yaml
 from tests.conftest import OnRanks
 from tests.e2e.commands import run_job, succeed
 
@@ -72,7 +73,10 @@ def test_what_was_read_stays_and_the_export_has_the_phase_it_ended_in(
     changed = [*words, f"run_dir={run}", "phases.one.weights.code=0.5"]
     outcome = run_job(on_ranks, 2, "pretrain", changed)
     assert outcome.status == 2
-    assert "phase 'one', whose shares changed" in outcome.stderr
+    assert (
+        "of phase 'one', of which these changed: domains.code.share=25 (was 17)" in outcome.stderr
+    )
+    assert read_yaml(run / "config.yaml").phases["one"].weights["code"] == 0.68
     assert {path.name for path in run.glob("checkpoints/*")} == before
     ahead = ["phases.long.tokens.code=1536", "phases.long.tokens.math=0"]
     succeed(on_ranks, 2, "pretrain", [*words, f"run_dir={run}", *ahead])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ring_train.data.errors import DataError
-from ring_train.data.index import MIN_BYTES, IndexFolder
+from ring_train.data.index import MIN_WORK, IndexFolder
 
 
 def test_an_array_is_built_once_and_mapped_from_then_on(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_an_array_is_built_once_and_mapped_from_then_on(tmp_path: Path) -> None:
     assert not folder.array("x", {"a": 1}, build, BIG).flags.writeable
 
 
-BIG = MIN_BYTES
+BIG = MIN_WORK
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 

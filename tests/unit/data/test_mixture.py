@@ -1,6 +1,8 @@
 """The stream of a phased run: the same whatever the layout, counted, and refused where too long."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ring_train.config import BatchRampConfig, Config, Packing, PhaseConfig
+from ring_train.config import BatchRampConfig, Config, DomainConfig, Packing, PhaseConfig
 from ring_train.data import index
 from ring_train.data.errors import DataError
-from ring_train.data.ledger import count_tokens, ledger_array, make_ledger, planned_tokens
+from ring_train.data.ledger import count_tokens, ledger_array, make_ledger
 from ring_train.data.loader import Batches, build_batches
 from ring_train.data.mixture import check_same_samples
 from ring_train.plan import Plan, make_plan
@@ -77,7 +79,7 @@ def test_kept_files_change_nothing(
     plan.config.data.packing = packing
     expected = [step_rows(plan, build_batches(plan), step) for step in range(12)]
     assert not (tmp_path / "index").exists()
-    monkeypatch.setattr(index, "MIN_BYTES", 0)
+    monkeypatch.setattr(index, "MIN_WORK", 0)
     for _ in range(2):  # built, then mapped
         batches = build_batches(plan)
         for step in range(12):
@@ -118,7 +120,7 @@ def test_what_is_read_is_what_the_plan_says_after_every_step(
         micro_batches = [batches.batch(step, micro, 0) for micro in range(at.num_micro_batches)]
         read[plan.phases.index(at.phase)] += count_tokens(micro_batches, 2)
         end = at.first_sample + at.global_batch_size
-        assert np.array_equal(planned_tokens(batches.mixture, end), read)
+        assert np.array_equal(batches.mixture.tokens_before(end), read)
     full = sum(phase.num_tokens for phase in plan.phases)
     assert (read.sum() == full) == (packing is Packing.contiguous)
     ledger = make_ledger(plan.phases, batches.domains, read)
@@ -168,23 +170,50 @@ def test_a_selection_without_documents_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_has_been_read_may_not_change_and_what_lies_ahead_may(tmp_path: Path) -> None:
-    def record(**phase: PhaseConfig) -> list[dict[str, object]]:
-        plan = phased_plan(tmp_path, phase)
-        return build_batches(plan).mixture_record()
+    def record(**phase: PhaseConfig) -> list[dict[str, Any]]:
+        return build_batches(phased_plan(tmp_path, phase)).mixture_record()
 
-    before = record()
-    other_long = PhaseConfig(tokens={"math": 64 * 12}, seq_length=64, global_batch_size=4)
+    before = json.loads(json.dumps(record()))  # as a checkpoint holds it
+    read_all, into_long = 24 + 48, 24 + 49
     check_same_samples(before, before, 10**6)
-    check_same_samples(before, record(long=other_long), 24 + 48)
-    with pytest.raises(DataError, match=r"of phase 'long', whose shares changed"):
-        check_same_samples(before, record(long=other_long), 24 + 49)
+    other_long = PhaseConfig(tokens={"math": 64 * 12}, seq_length=64, global_batch_size=4)
+    check_same_samples(before, record(long=other_long), read_all)
+    with pytest.raises(DataError, match=r"phase 'long'.*domains.code.share=None \(was 1\)"):
+        check_same_samples(before, record(long=other_long), into_long)
     other_one = PhaseConfig(num_steps=3, weights={"code": 0.5, "math": 0.5})
     check_same_samples(before, record(one=other_one), 0)
-    with pytest.raises(DataError, match=r"has read 8 samples, .*'one', whose shares changed"):
+    with pytest.raises(DataError, match=r"has read 8 samples.*'one'.*code.share=1 \(was 17\)"):
         check_same_samples(before, record(one=other_one), 8)
-    lengthened = [{**before[0], "num_samples": 800}]
-    check_same_samples(before, lengthened, 8)
-    with pytest.raises(DataError, match=r"'one', whose num_samples changed"):
-        check_same_samples(before, lengthened, 24)
-    with pytest.raises(DataError, match=r"'one', whose name"):
+    for num_samples, accepted in ((800, True), (16, True), (15, False), (8, False)):
+        resized = [{**before[0], "num_samples": num_samples}, *before[1:]]
+        if accepted:
+            check_same_samples(before, resized, 16)
+        else:
+            with pytest.raises(DataError, match=rf"samples read={num_samples} \(was 16\)"):
+                check_same_samples(before, resized, 16)
+    with pytest.raises(DataError, match=r"'one'.*name=None \(was one\)"):
         check_same_samples(before, [], 8)
+    reseeded = [{**phase, "seed": 99} for phase in before]
+    with pytest.raises(DataError, match=r"seed=99 \(was 1234\)"):
+        check_same_samples(before, reseeded, 8)
+
+
+def test_a_ramp_may_go_on_differently_and_a_later_domain_may_be_new(tmp_path: Path) -> None:
+    before = build_batches(phased_plan(tmp_path)).mixture_record()
+    ramp = BatchRampConfig(start=4, increment=4, steps=2)
+    longer = PhaseConfig(num_steps=3, batch_ramp=ramp, global_batch_size=8)
+    plan = phased_plan(tmp_path)
+    plan.config.phases = {**plan.config.phases, "two": longer, "long": PhaseConfig(num_steps=6)}
+    plan.config.data.domains["new"] = DomainConfig(path=str(tmp_path / "math"), weight=0.0)
+    plan.config.phases["long"].weights = {"new": 1.0}
+    now = build_batches(make_plan(plan.config, 1)).mixture_record()
+    check_same_samples(before, now, 24 + 8 + 8)  # two steps of 4 rows and one of 8
+    with pytest.raises(DataError, match=r"batch sizes=.*samples read|samples read"):
+        check_same_samples(before, now, 24 + 48)
+
+
+def test_a_domain_too_short_for_a_row_of_the_phase_that_reads_it_is_refused(tmp_path: Path) -> None:
+    plan = phased_plan(tmp_path)
+    plan.config.data.domains["code"].max_document_tokens = 3
+    with pytest.raises(DataError, match=r"data.domains.code: .* fewer than phases.long.seq_length"):
+        build_batches(plan)

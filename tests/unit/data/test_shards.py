@@ -14,7 +14,7 @@ from ring_train.data.shards import Expected, open_shard
 from tests.unit.data.shard_files import EOS, VOCAB_SIZE, write_random_shard
 
 type Opened = tuple[Path, list[np.ndarray], Expected]
-EXPECTED = Expected(tokenizer="", vocab_size=VOCAB_SIZE, eos_token_id=EOS, seq_length=64)
+EXPECTED = Expected(tokenizer="", vocab_size=VOCAB_SIZE, eos_token_id=EOS)
 
 
 @pytest.fixture
@@ -113,7 +113,6 @@ def test_a_folder_without_a_tokenizer_is_refused(shard: Opened) -> None:
     [
         ({"vocab_size": 511}, "512 ids, more than model.vocab_size=511; .* at least 512"),
         ({"eos_token_id": 0}, "documents end with id 511, not with model.eos_token_id=0"),
-        ({"seq_length": 100_000}, r"fewer than train.seq_length \+ 1 = 100001"),
     ],
 )
 def test_a_shard_that_does_not_fit_the_model_is_refused(

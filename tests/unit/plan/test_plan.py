@@ -164,7 +164,11 @@ def test_stages_hold_every_layer_once_and_in_order(pp: int, vpp: int, per_stage:
         (1, ["train.num_steps=29"], "exceed train.num_steps=29"),
         (1, ["optim.lr_decay_style=cosine"], "optim.wsd_decay_steps=20 belongs to the wsd"),
         (1, ["decay_layer_rule=shifted"], "for a new model set model.decay_layer_rule"),
-        (1, ["data.domains={a: {path: x, weight: -1}}"], "data.domains.a.weight=-1.0 is negative"),
+        (
+            1,
+            ["data.domains={a: {path: x, weight: -1}}"],
+            "data.domains.a.weight=-1.0 is not 0 or more",
+        ),
         (
             1,
             ["data.domains={a: {path: x, weight: 0}}"],
