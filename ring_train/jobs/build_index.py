@@ -1,9 +1,11 @@
 """Build what a run maps, and check its mixture: `python -m ring_train.jobs.build_index`.
 
-Takes the words of `pretrain`. One process without accelerator; a run that finds the files in
-data.index_dir starts at once, one that does not builds them itself.
+Takes the words of `pretrain`, and WORLD_SIZE from the environment (otherwise the fewest ranks that
+hold the model). One process without accelerator; a run that finds the files in data.index_dir
+starts at once, one that does not builds them itself.
 """
 
+import os
 import sys
 import time
 
@@ -15,7 +17,8 @@ from ring_train.runtime.errors import run_job
 def main(overrides: list[str]) -> None:
     """Build the index of the run that the overrides describe and print its mixture."""
     config: Config = compose("build_index", overrides)
-    plan = make_plan(config, smallest_world(config.parallel))
+    world_size = int(os.environ.get("WORLD_SIZE", smallest_world(config.parallel)))
+    plan = make_plan(config, world_size)
 
     from ring_train.data.loader import build_batches
     from ring_train.jobs.mixture_table import mixture_table

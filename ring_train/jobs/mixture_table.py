@@ -17,6 +17,7 @@ def mixture_table(mixture: Mixture) -> str:
             share = phase.shares[name] / total
             count = f"{int(tokens[number, domain]):,}"
             rows.append((phase.name, name, count, f"{share:.4%}", f"{epochs:.3f}"))
+    rows += [("-", name, "0", "not read", "") for name in sorted(not_read(mixture))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "".join(
         "  ".join(
@@ -26,3 +27,10 @@ def mixture_table(mixture: Mixture) -> str:
         + "\n"
         for row in rows
     )
+
+
+def not_read(mixture: Mixture) -> set[str]:
+    """Return the domains that no phase reads."""
+    return set(mixture.domains) - {
+        name for phase in mixture.phases for name, share in phase.shares.items() if share
+    }

@@ -64,6 +64,22 @@ def test_a_phased_run_resumes_proves_itself_and_is_explained(
     assert "1 differ from the plan" in outcome.stdout
 
 
+def test_build_index_prints_the_mixture_and_refuses_what_is_too_much(
+    words: list[str], corpus: Path, on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    index = [*words, "parallel=single", f"run_dir={tmp_path}/run"]
+    index.append(f"data.domains.spare.path={corpus}/math")
+    index.append("data.domains.spare.weight=0")
+    outcome = succeed(on_ranks, 1, "build_index", index)
+    lines = [line.split() for line in outcome.stdout.splitlines()]
+    assert ["one", "code", "512", "68.0000%"] in [line[:4] for line in lines]
+    assert ["-", "spare", "0", "not", "read"] in lines
+    assert not (tmp_path / "run").exists()
+    outcome = run_job(on_ranks, 1, "build_index", [*index, "data.domains.math.max_tokens=600"])
+    assert outcome.status == 2
+    assert "data.domains.math.max_tokens=600, but the run would read" in outcome.stderr
+
+
 def test_what_was_read_stays_and_the_export_has_the_phase_it_ended_in(
     words: list[str], on_ranks: OnRanks, tmp_path: Path
 ) -> None:
