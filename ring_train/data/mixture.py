@@ -220,11 +220,12 @@ def _read_part(record: dict[str, Any], num_samples: int) -> dict[str, Any]:
     """Return what the samples below `num_samples` of a phase depend on, under dotted keys."""
     if not record:
         return {}
-    plain = {key: record[key] for key in ("name", "seed", "packing", "first_sample", "seq_length")}
+    keys = ("name", "seed", "packing", "first_sample", "seq_length")
+    plain = {key: record.get(key) for key in keys}  # another version may lack one
     read = min(record["num_samples"], num_samples - record["first_sample"])
     domains = {
         f"domains.{name}.{key}": value
-        for name, domain in record["domains"].items()
+        for name, domain in record.get("domains", {}).items()
         for key, value in domain.items()
     }
     stages = [stage for stage in record["ramp"] if stage[1] < num_samples]
