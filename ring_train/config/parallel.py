@@ -11,6 +11,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank; null = 1, without interleaving."""
+    pipeline_layers: list[int] | None = None
+    """Layers of each pipeline stage, or of each chunk in order of depth; null = split by cost."""
     expert_model_parallel_size: int = 1
     """Ranks that share one set of routed experts."""
     expert_tensor_parallel_size: int = 1

@@ -87,7 +87,7 @@ def _model_rows(plan: Plan) -> list[Row]:
 
 
 def _mesh_rows(plan: Plan) -> list[Row]:
-    mesh, layers = plan.mesh, plan.layers
+    mesh = plan.mesh
     dense = f"tp {mesh.tp} x pp {mesh.pp} x cp {mesh.cp} x dp {mesh.dp}"
     experts = f"etp {mesh.etp} x pp {mesh.pp} x ep {mesh.ep} x dp {mesh.edp}"
     switches = {
@@ -98,22 +98,28 @@ def _mesh_rows(plan: Plan) -> list[Row]:
     return [
         ("ranks", f"{mesh.world_size} = {dense} (experts: {experts})"),
         ("sharding", chosen),
-        *_named("stages", (_stage(plan, i) for i in range(len(layers.stages)))),
+        *_named("stages", (_stage(plan, i) for i in range(len(plan.pipeline.stages)))),
     ]
 
 
 def _stage(plan: Plan, stage: int) -> str:
     """Return what one virtual pipeline stage holds."""
-    indices = plan.layers.stages[stage]
-    last = stage == len(plan.layers.stages) - 1
-    parts = [f"layers {indices[0]}-{indices[-1]}"]
+    pipeline, mesh = plan.pipeline, plan.mesh
+    indices = pipeline.stages[stage]
+    last = stage == len(pipeline.stages) - 1
+    parts = [f"layers {indices[0]}-{indices[-1]}" if indices else "no layers"]
     if stage == 0:
         parts.insert(0, "embedding")
     if last:
         parts.append("output")
     if last and plan.layers.num_mtp:
         parts.append(f"{plan.layers.num_mtp} MTP")
-    return f"{stage}: {', '.join(parts)}"
+    where = f"rank {stage % mesh.pp} chunk {stage // mesh.pp}" if mesh.vpp > 1 else f"{stage}"
+    if len(pipeline.stages) == 1:
+        return f"{where}: {', '.join(parts)}"
+    mean = sum(pipeline.stage_flops) / len(pipeline.stage_flops)
+    cost = f"{pipeline.stage_flops[stage] / mean:.2f} of the mean cost"
+    return f"{where}: {', '.join(parts)}  ({len(indices)}, {cost})"
 
 
 def _batch_rows(plan: Plan) -> list[Row]:

@@ -57,7 +57,7 @@ class HybridLanguageModel(MegatronModule):
     """The layers of one virtual pipeline stage, with embedding and head where they belong.
 
     Args:
-        plan: the plan; `plan.layers.stages` says which layers this stage holds.
+        plan: the plan; `plan.pipeline.stages` says which layers this stage holds.
         config: megatron's config built from the plan.
         groups: process groups of the mesh.
         vp_stage: index of the model chunk on this rank, None without interleaving.
@@ -77,7 +77,7 @@ class HybridLanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # read by megatron's schedules
         stage = (vp_stage or 0) * plan.mesh.pp + groups.pp.rank()
         self.pre_process = stage == 0
-        self.post_process = stage == len(plan.layers.stages) - 1
+        self.post_process = stage == len(plan.pipeline.stages) - 1
         self.rotary_base = model.rotary_base
         self.rotary_scaling_factor = model.rotary_scaling_factor
         self.has_mtp = self.post_process and plan.layers.num_mtp > 0
@@ -95,7 +95,7 @@ class HybridLanguageModel(MegatronModule):
         self.decoder = TransformerBlock(
             config,
             TransformerBlockSubmodules(
-                layer_specs=[make_layer_spec(plan, config, i) for i in plan.layers.stages[stage]],
+                layer_specs=[make_layer_spec(plan, config, i) for i in plan.pipeline.stages[stage]],
                 layer_norm=RMSNorm,
             ),
             pre_process=self.pre_process,

@@ -5,6 +5,7 @@ from ring_train.plan.cost import Cost
 from ring_train.plan.layers import LayerPlan
 from ring_train.plan.mesh import Mesh, smallest_world
 from ring_train.plan.phases import Phase, StepPlan
+from ring_train.plan.pipeline import PipelinePlan
 from ring_train.plan.plan import Plan, check_trainable, make_plan, model_at, plan_record
 from ring_train.plan.problems import PlanError
 
@@ -14,6 +15,7 @@ __all__ = [
     "LayerPlan",
     "Mesh",
     "Phase",
+    "PipelinePlan",
     "Plan",
     "PlanError",
     "StepPlan",

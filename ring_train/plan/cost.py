@@ -30,33 +30,44 @@ def make_cost(model: ModelConfig, layers: LayerPlan, seq_length: int) -> Cost:
     """Return the counts of a legal layer pattern at one row length in tokens."""
     h, v = model.hidden_size, model.vocab_size
     total = active = 0
-    forward_flops = 2.0 * h * v
+    forward_flops = tail_flops(model, seq_length)
     for token, channel in zip(layers.token_mixers, layers.channel_mixers, strict=True):
         for mixer in (TOKEN_MIXERS[token], CHANNEL_MIXERS[channel]):
             total += mixer.num_parameters(model)
             active += mixer.num_active_parameters(model)
-            forward_flops += mixer.flops_per_token(model, seq_length)
+        forward_flops += layer_flops(model, token, channel, seq_length)
     norms = (2 * model.num_layers + 1) * h
     embeddings = 2 * v * h
-    mtp_total, mtp_active, mtp_flops = _mtp_depth(model, seq_length)
+    mtp_total, mtp_active = _mtp_depth(model)
     return Cost(
         num_parameters=total + norms + embeddings,
         num_active_parameters=active + norms + embeddings,
         num_active_non_embedding_parameters=active + norms,
         num_mtp_parameters=layers.num_mtp * mtp_total,
         num_active_mtp_parameters=layers.num_mtp * mtp_active,
-        flops_per_token=BACKWARD_FACTOR * (forward_flops + layers.num_mtp * mtp_flops),
+        flops_per_token=BACKWARD_FACTOR * forward_flops,
     )
 
 
-def _mtp_depth(model: ModelConfig, seq_length: int) -> tuple[int, int, float]:
-    """Return parameters, active parameters and forward FLOPs per token of one MTP depth."""
+def layer_flops(model: ModelConfig, token: str, channel: str, seq_length: int) -> float:
+    """Return the forward FLOPs of one token in a layer of the named mixers."""
+    mixers = (TOKEN_MIXERS[token], CHANNEL_MIXERS[channel])
+    return sum(mixer.flops_per_token(model, seq_length) for mixer in mixers)
+
+
+def tail_flops(model: ModelConfig, seq_length: int) -> float:
+    """Return the forward FLOPs of one token after the layers: output layer and MTP depths."""
+    h, v = model.hidden_size, model.vocab_size
+    depth = layer_flops(model, *MTP_MIXERS, seq_length) + 2.0 * h * (2 * h + v)
+    return 2.0 * h * v + (model.mtp_num_layers * depth if model.mtp_num_layers else 0)
+
+
+def _mtp_depth(model: ModelConfig) -> tuple[int, int]:
+    """Return parameters and active parameters of one MTP depth."""
     h = model.hidden_size
     mixers = (TOKEN_MIXERS[MTP_MIXERS[0]], CHANNEL_MIXERS[MTP_MIXERS[1]])
     own = 2 * h * h + 5 * h  # eh_proj; enorm, hnorm, final and the two norms of the layer
-    head_flops = 2.0 * h * (2 * h + model.vocab_size)
     return (
         own + sum(mixer.num_parameters(model) for mixer in mixers),
         own + sum(mixer.num_active_parameters(model) for mixer in mixers),
-        head_flops + sum(mixer.flops_per_token(model, seq_length) for mixer in mixers),
     )

@@ -29,6 +29,16 @@ DERIVED_FIELDS = frozenset(
         "mtp_loss_scaling_factor",
         "mtp_num_layers",
         "sequence_parallel",
+        "virtual_pipeline_model_parallel_size",
+        # Stages and their messages.
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+        "batch_p2p_comm",
+        "microbatch_group_size_per_vp_stage",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "overlap_p2p_comm",
+        "pipeline_model_parallel_layout",
         # Types and switches that follow from the plan.
         "bf16",
         "moe_layer_freq",

@@ -1,4 +1,4 @@
-"""Which mixers each layer has and which pipeline stage holds it."""
+"""Which mixers each layer has."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from ring_train.config import Architecture, ModelConfig
 from ring_train.config.keys import nearest
 from ring_train.plan.mesh import Mesh, tensor_split_problems
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS, Mixer
-from ring_train.plan.problems import divisors, indivisible
+from ring_train.plan.problems import indivisible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,22 +15,15 @@ class LayerPlan:
 
     token_mixers: tuple[str, ...]
     channel_mixers: tuple[str, ...]
-    stages: tuple[tuple[int, ...], ...]
-    """[pp * vpp] layer indices of each virtual stage; stage = chunk * pp + pipeline rank."""
     num_mtp: int
-    """MTP depths, held by the last stage."""
+    """MTP depths, held by the last pipeline stage."""
 
 
-def make_layers(model: ModelConfig, mesh: Mesh) -> LayerPlan:
-    """Return the layer pattern and its even split over virtual stages."""
-    num_stages = mesh.pp * mesh.vpp
-    per_stage = model.num_layers // num_stages
+def make_layers(model: ModelConfig) -> LayerPlan:
+    """Return the layer pattern."""
     return LayerPlan(
         token_mixers=token_mixers(model),
         channel_mixers=channel_mixers(model),
-        stages=tuple(
-            tuple(range(stage * per_stage, (stage + 1) * per_stage)) for stage in range(num_stages)
-        ),
         num_mtp=model.mtp_num_layers,
     )
 
@@ -55,7 +48,7 @@ def channel_mixers(model: ModelConfig) -> tuple[str, ...]:
 
 
 def layer_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
-    """Return what is wrong with the layer pattern, its mixers and its pipeline split."""
+    """Return what is wrong with the layer pattern and its mixers."""
     problems = indivisible(
         "model.num_layers",
         model.num_layers,
@@ -66,12 +59,6 @@ def layer_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
         problems.append(
             f"model.first_k_dense_replace={model.first_k_dense_replace} exceeds "
             f"model.num_layers={model.num_layers}; at most every layer is dense"
-        )
-    if model.num_layers % (mesh.pp * mesh.vpp):
-        problems.append(
-            f"model.num_layers={model.num_layers} does not split evenly over "
-            f"parallel.pipeline_model_parallel_size={mesh.pp} * {mesh.vpp} chunks; "
-            f"choose their product from {divisors(model.num_layers)}"
         )
     problems += _pattern_problems("token_mixers", token_mixers(model), TOKEN_MIXERS, model)
     problems += _pattern_problems("channel_mixers", channel_mixers(model), CHANNEL_MIXERS, model)

@@ -8,6 +8,7 @@ import ring_train.platform  # noqa: F401  (before the first import of megatron-c
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.config import Precision
@@ -31,6 +32,7 @@ def derived_fields(plan: Plan) -> dict[str, Any]:
     dtype = DTYPES[plan.config.train.precision]
     return {
         **ours_to_compute(),
+        **pipeline_fields(plan),
         "sequence_parallel": plan.mesh.sequence_parallel,
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
@@ -55,6 +57,29 @@ def derived_fields(plan: Plan) -> dict[str, Any]:
         "perform_initialization": False,
         "use_cpu_initialization": True,
         **LOCAL_KERNELS,
+    }
+
+
+def pipeline_fields(plan: Plan) -> dict[str, Any]:
+    """Return the fields that place layers on stages and order their messages.
+
+    Interleaved chunks send in both directions at once. Between two ranks megatron's batched
+    messages would be confused: the first sent forward is received as the first sent backward.
+    """
+    pp, vpp = plan.mesh.pp, plan.mesh.vpp
+    layout: list[list[str]] = [["decoder"] * len(stage) for stage in plan.pipeline.stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return {
+        "pipeline_model_parallel_layout": PipelineParallelLayerLayout([*layout], pp),
+        "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
+        "microbatch_group_size_per_vp_stage": pp,
+        "overlap_p2p_comm": vpp > 1,
+        "batch_p2p_comm": vpp == 1,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "account_for_embedding_in_pipeline_split": False,
+        "account_for_loss_in_pipeline_split": False,
     }
 
 

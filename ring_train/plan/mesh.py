@@ -87,7 +87,6 @@ def _not_yet(parallel: ParallelConfig) -> list[str]:
     later = {
         "context_parallel_size": "context parallelism",
         "expert_tensor_parallel_size": "tensor parallelism inside experts",
-        "virtual_pipeline_model_parallel_size": "the interleaved pipeline",
     }
     return [
         f"parallel.{name}={getattr(parallel, name)}: {what} is not implemented yet; use 1"

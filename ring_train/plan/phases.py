@@ -157,7 +157,7 @@ def length_of(sizes: Sizes) -> tuple[int, int]:
     rows = sum(sizes.tokens.values()) // sizes.seq_length
     steps = 0
     if sizes.batch_ramp is not None:
-        for size in _ramp_sizes(sizes.batch_ramp, sizes.global_batch_size):
+        for size in ramp_sizes(sizes):
             taken = min(sizes.batch_ramp.steps, rows // size)
             steps, rows = steps + taken, rows - taken * size
             if taken < sizes.batch_ramp.steps:
@@ -218,7 +218,7 @@ def _ramp(sizes: Sizes, step: int, sample: int, num_steps: int) -> Iterator[tupl
     """Yield (first step, first sample, rows of a step) of each batch size."""
     end = step + num_steps
     if sizes.batch_ramp is not None:
-        for rows in _ramp_sizes(sizes.batch_ramp, sizes.global_batch_size):
+        for rows in ramp_sizes(sizes):
             if step < end:
                 yield step, sample, rows
             taken = min(sizes.batch_ramp.steps, end - step)
@@ -227,8 +227,12 @@ def _ramp(sizes: Sizes, step: int, sample: int, num_steps: int) -> Iterator[tupl
         yield step, sample, sizes.global_batch_size
 
 
-def _ramp_sizes(ramp: BatchRampConfig, full: int) -> range:
-    return range(ramp.start, full, max(1, ramp.increment))
+def ramp_sizes(sizes: Sizes) -> range:
+    """Return the rows of a step while the batch grows; empty without a ramp."""
+    ramp = sizes.batch_ramp
+    if ramp is None:
+        return range(0)
+    return range(ramp.start, sizes.global_batch_size, max(1, ramp.increment))
 
 
 def _mixture_problems(sizes: Sizes, config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from ring_train.plan.fields import passthrough_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
 from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
 from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems, step_plan
+from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_problems
 from ring_train.plan.problems import PlanError
 
 
@@ -22,6 +23,7 @@ class Plan:
     config: Config
     mesh: Mesh
     layers: LayerPlan
+    pipeline: PipelinePlan
     phases: tuple[Phase, ...]
     cost: Cost
     """At the row length of the first phase."""
@@ -59,6 +61,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     problems = [
         *mesh_problems(config.parallel, world_size),
         *layer_problems(config.model, mesh),
+        *pipeline_problems(config, mesh),
         *phase_problems(config, mesh),
         *schedule_problems(config),
         *passthrough_problems(config.model.megatron),
@@ -66,14 +69,16 @@ def make_plan(config: Config, world_size: int) -> Plan:
     ]
     if problems:
         raise PlanError(problems)
-    layers = make_layers(config.model, mesh)
+    layers = make_layers(config.model)
     phases = make_phases(config, mesh)
+    seq_length = phases[0].batch.seq_length
     return Plan(
         config=config,
         mesh=mesh,
         layers=layers,
+        pipeline=make_pipeline(config.model, config.parallel, layers, mesh, seq_length),
         phases=phases,
-        cost=make_cost(config.model, layers, phases[0].batch.seq_length),
+        cost=make_cost(config.model, layers, seq_length),
     )
 
 
@@ -228,6 +233,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         **dataclasses.asdict(plan.cost),
         "mesh": dataclasses.asdict(plan.mesh),
         "layers": dataclasses.asdict(plan.layers),
+        "pipeline": dataclasses.asdict(plan.pipeline),
         "batch": dataclasses.asdict(plan.batch),
         "phases": [dataclasses.asdict(phase) for phase in plan.phases],
         "total_tokens": plan.total_tokens,

@@ -34,7 +34,7 @@ def test_the_table_shows_what_a_reader_asks_for(capsys: pytest.CaptureFixture[st
     for part in (
         "lllllllg lllllllg lllllllg lllllllg",
         "512 = tp 4 x pp 4 x cp 1 x dp 32 (experts: etp 1 x pp 4 x ep 16 x dp 8)",
-        "3: layers 24-31, output, 1 MTP",
+        "3: layers 30-31, output, 1 MTP  (2, 0.96 of the mean cost)",
         "104,181,665,536 (104.2B)",
         "261 micro batches of 1 per rank",
     ):

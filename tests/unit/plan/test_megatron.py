@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,10 @@ def test_megatron_keeps_every_value_it_is_given(words: list[str], precision: str
     given = same_named_fields(config.model) | same_named_fields(config.parallel)
     given |= derived_fields(plan)
     built = make_transformer_config(plan)
-    assert {name: getattr(built, name) for name in given} == given
+    kept = {name: getattr(built, name) for name in given}
+    layout = "pipeline_model_parallel_layout"
+    assert str(kept.pop(layout)) == str(given.pop(layout)), "megatron compares it by identity"
+    assert kept == given
 
 
 def test_passed_through_fields_arrive() -> None:
@@ -69,6 +73,17 @@ def test_passed_through_fields_arrive() -> None:
     assert make_transformer_config(plan).distribute_saved_activations is False
     plan = make_plan(tiny("model.megatron.barrier_with_L1_time=false"), 1)
     assert make_transformer_config(plan).barrier_with_L1_time is False
+
+
+def test_megatron_counts_layers_as_the_plan_does() -> None:
+    words = ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    words += ["model.num_layers=6", "parallel.pipeline_layers=[1,3,2,0]"]
+    config = make_transformer_config(make_plan(tiny(*words), 2))
+    layout: Any = config.pipeline_model_parallel_layout
+    assert [[len(chunk) for chunk in rank] for rank in layout.layout] == [[2, 2], [3, 1]]
+    assert layout.flatten_layout[0].name == "embedding"
+    assert layout.flatten_layout[-1].name == "loss"
+    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (True, False)
 
 
 def test_a_model_without_experts_builds() -> None:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from ring_train.config import ParallelConfig, compose
 from ring_train.plan import Plan, PlanError, check_trainable, make_plan, smallest_world
-from ring_train.plan.layers import make_layers
 from ring_train.plan.mesh import make_mesh, mesh_problems
 from ring_train.plan.mixers import TOKEN_MIXERS, Mixer
 from tests.unit.plan.configs import tiny
@@ -34,7 +33,7 @@ def test_the_tiny_plan_is_what_a_reader_computes() -> None:
     assert mesh.sequence_parallel
     assert plan.layers.token_mixers == ("lightning", "gqa", "lightning", "gqa")
     assert plan.layers.channel_mixers == ("dense", "moe", "moe", "moe")
-    assert (plan.layers.stages, plan.layers.num_mtp) == (((0, 1, 2, 3),), 1)
+    assert (plan.pipeline.stages, plan.layers.num_mtp) == (((0, 1, 2, 3),), 1)
     assert plan.total_tokens == 204800
     assert dataclasses.asdict(plan.batch) == {
         "seq_length": 256,
@@ -68,17 +67,6 @@ def test_degrees_multiply_to_the_world(tp: int, pp: int, ep: int, times: int) ->
     assert mesh.etp * mesh.ep * mesh.pp * mesh.edp == world_size
 
 
-@given(pp=DEGREE, vpp=DEGREE, per_stage=DEGREE)
-def test_stages_hold_every_layer_once_and_in_order(pp: int, vpp: int, per_stage: int) -> None:
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
-    )
-    model = dataclasses.replace(TINY, num_layers=pp * vpp * per_stage)
-    stages = make_layers(model, make_mesh(parallel, pp)).stages
-    assert len(stages) == pp * vpp
-    assert [layer for stage in stages for layer in stage] == list(range(model.num_layers))
-
-
 @pytest.mark.parametrize(
     ("world_size", "words", "message"),
     [
@@ -102,17 +90,10 @@ def test_stages_hold_every_layer_once_and_in_order(pp: int, vpp: int, per_stage:
             ["model.num_query_groups=3"],
             "model.num_attention_heads=4 is not divisible by model.n",
         ),
-        (3, ["parallel.pipeline_model_parallel_size=3"], "does not split evenly over"),
         (3, ["parallel.expert_model_parallel_size=3"], "model.num_moe_experts=8 is not divisible"),
         (3, ["parallel=ep2"], "world_size=3 is not divisible by expert_tensor_parallel_size *"),
         (3, ["parallel=tp2"], "world_size=3 is not divisible by tensor_model_parallel_size *"),
-        (2, ["parallel.context_parallel_size=2"], "context parallelism is not implemented yet"),
         (2, ["parallel.expert_tensor_parallel_size=2"], "inside experts is not implemented yet"),
-        (
-            2,
-            ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
-            "the interleaved pipeline is not implemented yet; use 1",
-        ),
         (1, ["model.moe_router_num_groups=3"], "model.num_moe_experts=8 is not divisible by model"),
         (1, ["model.moe_router_group_topk=3"], "model.moe_router_group_topk=3 exceeds model.moe_r"),
         (1, ["model.moe_router_group_topk=2"], "is not 2 * model.moe_router_group_topk=2"),
@@ -195,12 +176,12 @@ def test_a_violated_relation_is_named(world_size: int, words: list[str], message
 
 def test_all_problems_are_reported_at_once() -> None:
     found = problems(
-        *(3, "parallel=tp2", "parallel.context_parallel_size=2", "model.vocab_size=511"),
+        *(3, "parallel=tp2", "parallel.pipeline_layers=[1]", "model.vocab_size=511"),
         *("model.num_layers=5", "model.moe_router_topk=3", "train.seq_length=8192"),
         "model.megatron.foo=1",
     )
     assert len(found) == len(set(found)) >= 7
-    for part in ("world_size=3", "context", "vocab_size", "num_layers", "topk", "seq_le", "foo"):
+    for part in ("world_size=3", "pipeline_layers", "vocab_size", "num_layers", "topk", "seq_le", "foo"):
         assert any(part in problem for problem in found)
 
 

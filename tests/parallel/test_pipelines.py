@@ -1,0 +1,113 @@
+"""Uneven and interleaved pipelines: losses, every gradient and a training run match one rank.
+
+Gradients in fp64, for the reasons of test_gradients. The stack has six layers of all kinds, so that
+a layer under a wrong number would decay, route or draw its weights differently.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.conftest import OnRanks
+from tests.parallel.short_runs import (
+    DISTRIBUTED_OPTIMIZER,
+    EP2,
+    PP2,
+    TP2,
+    gradients_by_name,
+    relative_errors,
+    short_plan,
+)
+from tests.parallel.test_gradients import GRADIENT_TOLERANCE, LOSS_TOLERANCE, SMALLEST_MARGIN
+from tests.parallel.test_training_layouts import FIGURES, reference_run, train
+from tests.parallel.test_training_layouts import LOSS_TOLERANCE as TOLERANCE
+
+STACK = [
+    "model.num_layers=6",
+    "model.layer_group_size=3",
+    "model.mtp_num_layers=2",
+    "train.micro_batch_size=1",
+]
+"""Six layers, of which the third and the sixth are softmax; four micro batches on one rank."""
+VPP2 = ["parallel.virtual_pipeline_model_parallel_size=2"]
+PP4 = ["parallel.pipeline_model_parallel_size=4"]
+
+
+def by_hand(*counts: int) -> list[str]:
+    return [f"parallel.pipeline_layers={list(counts)}".replace(" ", "")]
+
+
+LAYOUTS = {
+    "pp2_by_cost": (2, PP2, None),
+    "pp2_by_hand": (2, [*PP2, *by_hand(1, 5)], ((0,), (1, 2, 3, 4, 5))),
+    "pp2_head_and_mtp_alone": (2, [*PP2, *by_hand(6, 0)], ((0, 1, 2, 3, 4, 5), ())),
+    "pp4_by_hand": (4, [*PP4, *by_hand(2, 1, 3, 0)], ((0, 1), (2,), (3, 4, 5), ())),
+    "pp2_vpp2_by_cost": (2, [*PP2, *VPP2], None),
+    "pp2_vpp2_by_hand": (2, [*PP2, *VPP2, *by_hand(1, 2, 2, 1)], ((0,), (1, 2), (3, 4), (5,))),
+    "pp2_vpp3": (
+        *(2, [*PP2, "parallel.virtual_pipeline_model_parallel_size=3", *by_hand(1, 1, 1, 1, 1, 1)]),
+        ((0,), (1,), (2,), (3,), (4,), (5,)),
+    ),
+    "tp2_pp2_vpp2_ep2": (4, [*TP2, *PP2, *VPP2, *EP2], None),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return {}
+
+
+def staged_gradients(overrides: list[str]) -> dict[str, Any]:
+    """Return the gradients of a step, and the stages of its plan."""
+    return gradients_by_name(overrides) | {"stages": short_plan(overrides).pipeline.stages}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradients_match_one_rank(
+    layout: str, found: dict[str, Any], fp64: None, on_ranks: OnRanks
+) -> None:
+    if not found:
+        found.update(on_ranks(1, gradients_by_name, STACK)[0])
+        assert found["margin"] > SMALLEST_MARGIN
+    ranks, overrides, stages = LAYOUTS[layout]
+    seen: set[str] = set()
+    loads: dict[int, Any] = {}
+    for result in on_ranks(ranks, staged_gradients, [*STACK, *overrides]):
+        assert stages is None or result["stages"] == stages
+        assert result["losses"] == pytest.approx(found["losses"], abs=LOSS_TOLERANCE, rel=0)
+        errors = relative_errors(result["gradients"], found["gradients"])
+        assert not {n: error for n, error in errors.items() if error > GRADIENT_TOLERANCE}
+        seen |= result["gradients"].keys()
+        loads |= result["loads"]
+    assert seen == found["gradients"].keys()
+    assert {number: load[0] for number, load in loads.items()} == {
+        number: load[0] for number, load in found["loads"].items()
+    }
+
+
+NUM_STEPS = 6
+TRAINED = {
+    "pp2_uneven": (2, [*PP2, *by_hand(1, 3), *DISTRIBUTED_OPTIMIZER]),
+    "pp2_head_and_mtp_alone": (2, [*PP2, *by_hand(4, 0)]),
+    "pp2_vpp2": (2, [*PP2, *VPP2, *by_hand(1, 1, 1, 1)]),
+    "pp2_vpp2_ep2_dp2_distributed_optimizer": (
+        *(4, [*PP2, *VPP2, *EP2, *DISTRIBUTED_OPTIMIZER, "train.micro_batch_size=1"]),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, list[float]]:
+    return {}
+
+
+@pytest.mark.parametrize("layout", TRAINED)
+def test_training_matches_one_rank(
+    layout: str, reference: dict[str, list[float]], on_ranks: OnRanks
+) -> None:
+    expected = reference_run(on_ranks, reference)
+    ranks, overrides = TRAINED[layout]
+    for figures in on_ranks(ranks, train, overrides, NUM_STEPS):
+        for key in FIGURES:
+            found = figures[key]
+            assert found == pytest.approx(expected[key][:NUM_STEPS], abs=TOLERANCE, rel=0), key
