@@ -57,6 +57,22 @@ class Batch:
     num_padding: int
     """How many that are."""
 
+    def part(self, ranges: Sequence[tuple[int, int]]) -> Batch:
+        """Return the tokens in the given ranges of positions, joined in that order.
+
+        `cu_seqlens` stays that of the whole row: positions and labels were made from it, and a
+        mixer needs it to know which documents go on elsewhere.
+        """
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        boundaries = tensors.pop("cu_seqlens")
+        del tensors["num_padding"]
+        parts = {
+            name: torch.cat([tensor[..., start:stop] for start, stop in ranges], dim=-1)
+            for name, tensor in tensors.items()
+        }
+        num_padding = int(parts["padding_mask"].sum())
+        return Batch(**parts, cu_seqlens=boundaries, num_padding=num_padding)
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

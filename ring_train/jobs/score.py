@@ -15,6 +15,7 @@ from ring_train.config import Config, ScoreConfig, compose
 from ring_train.errors import UserError
 from ring_train.hf.config import read_model_config
 from ring_train.plan import Plan, make_plan
+from ring_train.plan.context import row_unit
 from ring_train.runtime.errors import run_job
 
 
@@ -60,10 +61,12 @@ def read_prompts(path: Path) -> list[list[int]]:
 
 def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Plan:
     """Return a plan whose rows hold the longest prompt (all of them if packed)."""
-    tp = config.parallel.tensor_model_parallel_size
+    parallel = config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    unit = row_unit(max(cp, 1), max(tp, 1))
     lengths = [len(prompt) for prompt in prompts]
     length = sum(lengths) if config.packed else max(lengths)
-    length = -(-length // tp) * tp
+    length = -(-length // unit) * unit
     base: Config = compose("pretrain", ["model=tiny", "train=cpu", "optim=short"])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     base = dataclasses.replace(
@@ -71,12 +74,12 @@ def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Pla
         model=dataclasses.replace(
             model, max_position_embeddings=max(length, model.max_position_embeddings)
         ),
-        parallel=dataclasses.replace(config.parallel, use_distributed_optimizer=False),
+        parallel=dataclasses.replace(parallel, use_distributed_optimizer=False),
     )
     base.train.precision = config.precision
     base.train.seq_length, base.train.micro_batch_size = length, 1
-    model_ranks = tp * config.parallel.pipeline_model_parallel_size
-    dp = max(world_size // (model_ranks * config.parallel.context_parallel_size), 1)
+    model_ranks = tp * parallel.pipeline_model_parallel_size * cp
+    dp = max(world_size // max(model_ranks, 1), 1)
     rows = 1 if config.packed else len(prompts)
     base.train.global_batch_size = dp * -(-rows // dp)
     return make_plan(base, world_size)

@@ -7,12 +7,16 @@ megatron's local core attention refuses packed rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ring_train.model.context import context_softmax_attention
 from ring_train.model.documents import Documents
 from ring_train.ops.attention import document_attention
 from ring_train.ops.rope import apply_partial_rope
@@ -21,14 +25,26 @@ from ring_train.ops.rope import apply_partial_rope
 class DocumentAttention(torch.nn.Module):
     """Core attention: causal softmax within each document, on any device."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **_: Any
+    ) -> None:
         super().__init__()
         self.scale = (config.kv_channels or 0) ** -0.5
+        self.cp_group = pg_collection.cp
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
-        """Return [t, n/tp, d] from query [t, n/tp, d] and key, value [t, g/tp, d]."""
+        """Return [t/cp, n/tp, d] from query [t/cp, n/tp, d] and key, value [t/cp, g/tp, d]."""
+        if documents.context is not None:
+            return context_softmax_attention(
+                query,
+                key,
+                value,
+                row=documents.context,
+                group=self.cp_group,
+                scale=self.scale,
+            )
         return document_attention(
             query,
             key,
@@ -54,20 +70,25 @@ class GroupedQueryAttention(SelfAttention):
         packed_seq_params: Documents | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (output [t/sp, 1, h], None).
+        """Return (output [t/cp/sp, 1, h], None).
 
         Args:
-            hidden_states: [t/sp, 1, h], normalised block input.
+            hidden_states: [t/cp/sp, 1, h], normalised block input.
             attention_mask: unused; boundaries come with `packed_seq_params`.
-            rotary_pos_emb: [2, t, rotary_dim] fp32: cos and sin of every token's angles.
+            rotary_pos_emb: [2, t/cp, rotary_dim] fp32: cos and sin of every token's angles.
             packed_seq_params: document boundaries of the row.
         """
         assert rotary_pos_emb is not None
         assert packed_seq_params is not None
         qkv: tuple[Any, ...] = self.get_query_key_value_tensors(hidden_states)
-        query, key, value = qkv  # [t, 1, n/tp, d], [t, 1, g/tp, d] twice
+        query, key, value = qkv  # [t/cp, 1, n/tp, d], [t/cp, 1, g/tp, d] twice
         cos, sin = rotary_pos_emb
-        query = apply_partial_rope(query.squeeze(1), cos, sin)  # [t, n/tp, d]
-        key = apply_partial_rope(key.squeeze(1), cos, sin)  # [t, g/tp, d]
-        out = self.core_attention(query, key, value.squeeze(1), packed_seq_params)
+        query = apply_partial_rope(query.squeeze(1), cos, sin)  # [t/cp, n/tp, d]
+        key = apply_partial_rope(key.squeeze(1), cos, sin)  # [t/cp, g/tp, d]
+        core = partial(self.core_attention, documents=packed_seq_params)
+        inputs = query, key, value.squeeze(1)
+        if self.checkpoint_core_attention and self.training:
+            out = checkpoint(core, False, *inputs)
+        else:
+            out = core(*inputs)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))

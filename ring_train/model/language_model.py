@@ -140,10 +140,12 @@ class HybridLanguageModel(MegatronModule):
         hold a value of no meaning: multiply by the batch's masks.
 
         Args:
-            batch: one micro batch as a packed row of t tokens, on this rank's device.
+            batch: one micro batch as a packed row of t tokens, on this rank's device; under
+                context parallelism this rank's tokens of it, with the boundaries of the whole.
         """
         model = self.plan.config.model
-        documents = make_documents(batch.cu_seqlens)
+        cp_group = self.groups.cp
+        documents = make_documents(batch.cu_seqlens, cp_group.size(), cp_group.rank())
         angles = torch.stack(
             rotary_angles(
                 batch.position_ids,

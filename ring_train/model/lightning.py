@@ -8,14 +8,17 @@ tensor: they follow from the global layer index and `model.decay_layer_rule`.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.config import ModelConfig
+from ring_train.model.context import context_lightning_attention
 from ring_train.model.documents import Documents
 from ring_train.model.norm import GatedGroupNorm
 from ring_train.ops.decay import decay_slopes
@@ -56,6 +59,7 @@ class LightningAttention(SelfAttention):
         tp_rank, tp = pg_collection.tp.rank(), pg_collection.tp.size()
         heads = model.num_attention_heads // tp
         self.silu = model.linear_silu
+        self.cp_group = pg_collection.cp
         assert config.init_method is not None
         self.linear_gate = submodules.linear_qkv(
             config.hidden_size,
@@ -91,25 +95,47 @@ class LightningAttention(SelfAttention):
         packed_seq_params: Documents | None = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (output [t/sp, 1, h], None); arguments as in `GroupedQueryAttention`."""
+        """Return (output [t/cp/sp, 1, h], None); arguments as in `GroupedQueryAttention`."""
         assert rotary_pos_emb is not None
         assert packed_seq_params is not None
-        qkv, _ = self.linear_qkv(hidden_states)  # [t, 1, 3*n*d/tp]
+        qkv, _ = self.linear_qkv(hidden_states)  # [t/cp, 1, 3*n*d/tp]
         if self.silu:
             qkv = torch.nn.functional.silu(qkv)
         qkv = qkv.view(qkv.shape[0], -1, 3, self.hidden_size_per_attention_head)
-        query, key, value = qkv.unbind(2)  # [t, n/tp, d]
+        query, key, value = qkv.unbind(2)  # [t/cp, n/tp, d]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         cos, sin = rotary_pos_emb
+        core = partial(self._attend, documents=packed_seq_params)
+        inputs = apply_partial_rope(query, cos, sin), apply_partial_rope(key, cos, sin), value
+        if self.checkpoint_core_attention and self.training:
+            out: Any = checkpoint(core, False, *inputs)
+        else:
+            out = core(*inputs)  # [t/cp, n/tp, d]
+        gate, _ = self.linear_gate(hidden_states)  # [t/cp, 1, n*d/tp]
+        out = self.gate_norm(out.reshape(out.shape[0], -1), gate.squeeze(1))  # [t/cp, n*d/tp]
+        return self.linear_proj(out.unsqueeze(1))
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        """Return [t/cp, n/tp, d] from query, key and value of that shape."""
+        if documents.context is not None:
+            return context_lightning_attention(
+                query,
+                key,
+                value,
+                self.slopes,
+                cu_seqlens=documents.cu_seqlens_q,
+                row=documents.context,
+                group=self.cp_group,
+            )
         out, _ = lightning_attention(
-            apply_partial_rope(query, cos, sin),
-            apply_partial_rope(key, cos, sin),
+            query,
+            key,
             value,
             self.slopes,
-            cu_seqlens=packed_seq_params.cu_seqlens_q,
-            lengths=packed_seq_params.lengths,
+            cu_seqlens=documents.cu_seqlens_q,
+            lengths=documents.lengths,
         )
-        gate, _ = self.linear_gate(hidden_states)  # [t, 1, n*d/tp]
-        out = self.gate_norm(out.reshape(out.shape[0], -1), gate.squeeze(1))  # [t, n*d/tp]
-        return self.linear_proj(out.unsqueeze(1))
+        return out

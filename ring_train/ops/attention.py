@@ -1,9 +1,12 @@
 """Causal grouped-query softmax attention within the documents of a packed row."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from ring_train.ops.documents import document_indices, document_lengths
 from ring_train.ops.precision import compute_dtype
@@ -33,14 +36,52 @@ def document_attention(
     """
     _check_inputs(q, k, v)
     lengths = document_lengths(cu_seqlens, q.shape[0], lengths)
-    outputs = []
-    parts = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
-    for query, key, value in zip(*parts, strict=True):
-        part = F.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
-        )
-        outputs.append(part[0].transpose(0, 1))
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_attend(*part, scale) for part in parts])
+
+
+def piece_attention(
+    q: Float[Tensor, "t_own n d"],
+    k: Float[Tensor, "t g d"],
+    v: Float[Tensor, "t g d"],
+    *,
+    pieces: Sequence[tuple[int, int, int]],
+    scale: float | None = None,
+) -> Float[Tensor, "t_own n d"]:
+    """Return the attention of some queries of a packed row to the keys of the whole row.
+
+    Args:
+        q: queries of this rank, piece after piece.
+        k: keys of the row, in order, of fewer heads.
+        v: values.
+        pieces: per piece of a document where it starts and stops in the row, and where its
+            document starts: its queries see the keys from there to themselves.
+        scale: of the scores, default d ** -0.5.
+    """
+    if sum(stop - start for start, stop, _ in pieces) != q.shape[0]:
+        raise ValueError(f"pieces={pieces} are not the {q.shape[0]} queries; see the docstring")
+    outputs, first = [], 0
+    for start, stop, document_start in pieces:
+        query = q[first : first + stop - start]
+        outputs.append(_attend(query, k[document_start:stop], v[document_start:stop], scale))
+        first += stop - start
     return torch.cat(outputs)
+
+
+def _attend(
+    q: Float[Tensor, "t_own n d"],
+    k: Float[Tensor, "t g d"],
+    v: Float[Tensor, "t g d"],
+    scale: float | None,
+) -> Float[Tensor, "t_own n d"]:
+    """Return causal attention where the last query sees every key."""
+    causal = q.shape[0] == k.shape[0]
+    mask = None if causal else causal_lower_right(q.shape[0], k.shape[0])
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return output[0].transpose(0, 1)
 
 
 def document_attention_reference(

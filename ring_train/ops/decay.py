@@ -1,7 +1,7 @@
 """Decay rates of lightning attention."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _OFFSETS = {"zero_based": 0, "shifted": 1}
@@ -46,3 +46,17 @@ def _base_slopes(num_heads: int) -> list[float]:
     if closest == num_heads:
         return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
     return _base_slopes(closest) + _base_slopes(2 * closest)[0::2][: num_heads - closest]
+
+
+def decay_weights(
+    rates: Float[Tensor, " n"], distance: Int[Tensor, "..."], dtype: torch.dtype
+) -> Float[Tensor, "n ..."]:
+    """Return exp(-rate * distance), 0 for a distance < 0, rounded once from float64.
+
+    Args:
+        rates: decay rates > 0, float64.
+        distance: in tokens.
+        dtype: of the result.
+    """
+    rates = rates.view(-1, *(1 for _ in distance.shape))
+    return (torch.exp(-rates * distance.clamp(min=0)) * (distance >= 0)).to(dtype)

@@ -20,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ring_train.ops.decay import decay_weights
 from ring_train.ops.documents import document_indices, document_lengths
+from ring_train.ops.lightning_state import read_state, run_state
 from ring_train.ops.precision import compute_dtype
 
 SCAN_BLOCK = 64
@@ -199,9 +201,11 @@ def _make_weights(row: _Row, num_tokens: int, dtype: torch.dtype) -> _Weights:
     rates, size = row.rates, row.chunk_size
     chunks = -(-num_tokens // size)
     place = torch.arange(size, device=rates.device)
-    inside = _decay(rates, place[:, None] - place[None, :], dtype).unsqueeze(1)  # [n, 1, c, c]
-    read = _decay(rates, place + 1, dtype)[:, None, :, None]  # [n, 1, c, 1]
-    write = _decay(rates, size - 1 - place, dtype)[:, None, :, None]
+    inside = decay_weights(rates, place[:, None] - place[None, :], dtype).unsqueeze(
+        1
+    )  # [n, 1, c, c]
+    read = decay_weights(rates, place + 1, dtype)[:, None, :, None]  # [n, 1, c, 1]
+    write = decay_weights(rates, size - 1 - place, dtype)[:, None, :, None]
     if row.documents is None:
         one = torch.zeros(chunks, dtype=torch.int64, device=rates.device)
         return _Weights(inside, None, read, write, one, one)
@@ -224,14 +228,6 @@ def _masked_product(
     """Return a @ b^T within chunks, times the weights inside a chunk."""
     product = (a @ b.mT).mul_(weights.inside)
     return product if weights.same is None else product.mul_(weights.same)
-
-
-def _decay(
-    rates: Float[Tensor, " n"], distance: Int[Tensor, "..."], dtype: torch.dtype
-) -> Float[Tensor, "n ..."]:
-    """Return exp(-rate * distance), 0 for a distance < 0, rounded once from float64."""
-    rates = rates.view(-1, *(1 for _ in distance.shape))
-    return (torch.exp(-rates * distance.clamp(min=0)) * (distance >= 0)).to(dtype)
 
 
 def _scan(
@@ -260,8 +256,10 @@ def _scan_flat(
     first = torch.cat([first, last[-1:].expand(padding)]).view(blocks, SCAN_BLOCK)
     last = torch.cat([last, last[-1:].expand(padding)]).view(blocks, SCAN_BLOCK)
     place = torch.arange(SCAN_BLOCK, device=updates.device)
-    read = _decay(rates, place, updates.dtype)[:, None] * (first == first[:, :1])
-    write = _decay(rates, SCAN_BLOCK - 1 - place, updates.dtype)[:, None] * (last == last[:, -1:])
+    read = decay_weights(rates, place, updates.dtype)[:, None] * (first == first[:, :1])
+    write = decay_weights(rates, SCAN_BLOCK - 1 - place, updates.dtype)[:, None] * (
+        last == last[:, -1:]
+    )
     if reverse:
         read, write = write, read
     block_updates = (write.unsqueeze(2) @ updates).squeeze(2)  # [n, blocks, m]
@@ -280,7 +278,7 @@ def _transfer(
 ) -> Float[Tensor, "n *blocks chunks chunks"]:
     """Return the weight of row a's update in the state before row b (transposed if `reverse`)."""
     place = torch.arange(first.shape[-1], device=first.device)
-    decay = _decay(rates, place[:, None] - 1 - place[None, :], dtype)
+    decay = decay_weights(rates, place[:, None] - 1 - place[None, :], dtype)
     decay = decay.view(-1, *(1 for _ in first.shape[1:]), *decay.shape[1:])
     transfer = decay * (first[..., :, None] == last[..., None, :])
     return transfer.mT if reverse else transfer
@@ -319,12 +317,8 @@ def _read_initial(
     state: Float[Tensor, "documents n d dv"],
 ) -> Float[Tensor, "t n dv"]:
     """Return what each token reads from the state before its document."""
-    outputs = []
-    for part, before in zip(q.split(lengths), state, strict=True):
-        age = torch.arange(1, part.shape[0] + 1, device=q.device)
-        weight = _decay(rates, age, q.dtype).mT.unsqueeze(2)  # [t, n, 1]
-        outputs.append(torch.einsum("tnd,nde->tne", part * weight, before))
-    return torch.cat(outputs)
+    parts = zip(q.split(lengths), state, strict=True)
+    return torch.cat([read_state(part, before, rates) for part, before in parts])
 
 
 def _final_state(
@@ -337,12 +331,9 @@ def _final_state(
     """Return the state after the last token of each document."""
     states = []
     for document, (key, value) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
-        length = key.shape[0]
-        age = torch.arange(length - 1, -1, -1, device=k.device)
-        weight = _decay(rates, age, k.dtype).mT.unsqueeze(2)  # [t, n, 1]
-        state = torch.einsum("tnd,tne->nde", key * weight, value)
+        state = run_state(key, value, rates)
         if initial_state is not None:
-            kept = torch.exp(-rates * length).to(k.dtype)[:, None, None]
+            kept = torch.exp(-rates * key.shape[0]).to(k.dtype)[:, None, None]
             state = state + kept * initial_state[document]
         states.append(state)
     return torch.stack(states)

@@ -5,6 +5,7 @@ from math import isfinite
 from typing import Protocol
 
 from ring_train.config import Config, LrDecayStyle, ModelConfig
+from ring_train.plan.context import context_problems
 from ring_train.plan.mesh import Mesh
 
 
@@ -69,12 +70,11 @@ def size_problems(sizes: RowSizes, model: ModelConfig, mesh: Mesh) -> list[str]:
             f"{mesh.dp}; choose a multiple of {rows}"
         )
     tokens = sizes.micro_batch_size * sizes.seq_length
-    if mesh.sequence_parallel and tokens % mesh.tp:
-        problems.append(
-            f"{sizes.path}.micro_batch_size={sizes.micro_batch_size} * {sizes.path}.seq_length="
-            f"{sizes.seq_length} is not divisible by parallel.tensor_model_parallel_size={mesh.tp}"
-            f", which sequence_parallel needs; choose seq_length a multiple of {mesh.tp}"
-        )
+    key = (
+        f"{sizes.path}.micro_batch_size={sizes.micro_batch_size} * {sizes.path}.seq_length="
+        f"{sizes.seq_length}"
+    )
+    problems += context_problems(key, tokens, mesh.cp, mesh.tp if mesh.sequence_parallel else 1)
     return problems + _context_problems(sizes, model)
 
 

@@ -85,7 +85,6 @@ def mesh_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
 def _not_yet(parallel: ParallelConfig) -> list[str]:
     """Return a problem for each kind of parallelism that is planned but not implemented."""
     later = {
-        "context_parallel_size": "context parallelism",
         "expert_tensor_parallel_size": "tensor parallelism inside experts",
     }
     return [

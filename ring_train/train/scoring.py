@@ -14,8 +14,9 @@ from ring_train.data.batch import Batch, pack_documents
 from ring_train.model.router import begin_router_step
 from ring_train.model.tensors import local_tensors
 from ring_train.plan import Plan
+from ring_train.plan.context import own_tokens
 from ring_train.runtime.distributed import Groups
-from ring_train.train.step import LossSums, forward_backward
+from ring_train.train.step import LossSums, context_parts, forward_backward
 
 
 def make_rows(
@@ -52,7 +53,7 @@ def score_rows(
     Entry t of a prompt is log p(ids[t + 1 + depth] | ids[0 .. t + depth]).
     """
     losses = token_losses(model, [row.to(groups.device) for row in rows], groups.collection)
-    mine = (groups.dp_rank, losses) if losses and groups.tp_rank == 0 else None
+    mine = (groups.dp_rank, losses) if losses and groups.tp_rank == groups.cp_rank == 0 else None
     gathered: list[tuple[int, list[torch.Tensor]] | None] = [None] * groups.world_size
     torch.distributed.all_gather_object(gathered, mine)
     by_rank = dict(part for part in gathered if part is not None)
@@ -81,7 +82,8 @@ def token_losses(
     for chunk in model:
         chunk.eval()
     begin_router_step(model, 1)
-    iterators = [iter(rows) for _ in model]
+    parts = context_parts(rows, groups)
+    iterators = [iter(parts) for _ in model]
     chunks: list[torch.nn.Module] = [*model]
     single = len(model) == 1
     losses = get_forward_backward_func()(
@@ -95,12 +97,29 @@ def token_losses(
     )
     for chunk in model:
         chunk.train()
-    return losses if groups.pp.rank() == groups.pp.size() - 1 else []
+    if groups.pp.rank() != groups.pp.size() - 1:
+        return []
+    return [_whole_row(part, groups.cp).cpu() for part in losses]
+
+
+def _whole_row(part: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """Return [..., t] of the row from what every context-parallel rank holds of it. Collective."""
+    cp = group.size()
+    if cp == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(cp)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=group)
+    whole = part.new_empty(*part.shape[:-1], cp * part.shape[-1])
+    for rank, values in enumerate(parts):
+        ranges = own_tokens(whole.shape[-1], cp, rank)
+        for (start, stop), segment in zip(ranges, values.chunk(len(ranges), -1), strict=True):
+            whole[..., start:stop] = segment
+    return whole
 
 
 def _keep(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the losses as the report of a micro batch, in the form that schedules expect."""
-    return losses.sum(), torch.ones((), dtype=torch.int), losses.detach().cpu()
+    return losses.sum(), torch.ones((), dtype=torch.int), losses.detach()
 
 
 def gradient_norms(

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ring_train.data.batch import Batch
 from ring_train.model.router import RouterLoad, begin_router_step, finish_router_step
 from ring_train.plan import Plan
+from ring_train.plan.context import own_tokens
 from ring_train.train.optimizer import set_learning_rate
 from ring_train.train.schedule import learning_rate
 
@@ -64,6 +65,14 @@ class StepResult:
     """{layer number: expert load} of this pipeline stage; MTP depths count on from L + 1."""
 
 
+def context_parts(batches: Sequence[Batch], groups: ProcessGroupCollection) -> Sequence[Batch]:
+    """Return what this context-parallel rank holds of each row: the one place that cuts rows."""
+    cp, rank = groups.cp.size(), groups.cp.rank()
+    if cp == 1:
+        return batches
+    return [batch.part(own_tokens(len(batch.tokens), cp, rank)) for batch in batches]
+
+
 def global_counts(
     micro_batches: Sequence[Batch], groups: ProcessGroupCollection
 ) -> tuple[torch.Tensor, int]:
@@ -98,11 +107,14 @@ def forward_backward(
 
     Args:
         model: model chunks of this rank.
-        micro_batches: this data-parallel rank's part of the global batch, all of one length.
+        micro_batches: this data-parallel rank's part of the global batch, all of one length;
+            whole rows, also under context parallelism.
         groups: process groups.
         num_domains: size of the per-domain sums.
         loss_weights: weight of the next-token loss and of each MTP depth; None: forward only.
     """
+    seq_length = len(micro_batches[0].tokens)
+    micro_batches = context_parts(micro_batches, groups)
     counts, tokens = global_counts(micro_batches, groups)
     begin_router_step(model, tokens)
     weights = torch.tensor(loss_weights or [0.0] * len(counts), dtype=torch.float64)
@@ -122,7 +134,7 @@ def forward_backward(
             data_iterator=iterators[0] if single else iterators,
             model=chunks[0] if single else chunks,
             num_microbatches=len(micro_batches),
-            seq_length=len(micro_batches[0].tokens),
+            seq_length=seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )

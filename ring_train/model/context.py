@@ -1,0 +1,158 @@
+"""Context parallelism of both token mixers: what ranks exchange inside a layer.
+
+Lightning attention exchanges one d x dv state per head and segment, whatever the length of the row:
+each rank starts its segments from nothing, and what an earlier segment leaves to a later one is its
+state times a constant. Softmax attention gathers keys and values of the row (few heads, with GQA)
+and keeps its queries; gradients of keys and values are summed back to the ranks that own them.
+
+Both are exact for documents that are cut anywhere. Sums run in the order of the row on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ring_train.ops.attention import piece_attention
+from ring_train.ops.lightning import lightning_attention
+from ring_train.ops.lightning_state import read_state, run_state, transfer_weights
+from ring_train.ops.precision import compute_dtype
+from ring_train.plan.context import ContextRow
+
+
+def context_lightning_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    row: ContextRow,
+    group: torch.distributed.ProcessGroup,
+) -> torch.Tensor:
+    """Return the output [t/cp, n/tp, dv] of lightning attention. Collective over `group`.
+
+    Args:
+        query: [t/cp, n/tp, d], this rank's segments one after the other; key and value alike.
+        key: see query.
+        value: see query.
+        slopes: [n/tp] decay rates.
+        cu_seqlens: boundaries of this rank's pieces of documents.
+        row: the row as this rank sees it.
+        group: context-parallel ranks.
+    """
+    dtype, scale = compute_dtype(query.dtype), query.shape[2] ** -0.5
+    rates = slopes.detach().double()
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    sizes = [sum(piece.length for piece in pieces) for pieces in row.pieces]
+    lasts = [pieces[-1].length for pieces in row.pieces]
+    runs = zip(k.split(sizes), v.split(sizes), lasts, strict=True)
+    states = torch.stack([run_state(key[-n:], value[-n:], rates) for key, value, n in runs])
+    incoming = _Exchange.apply(
+        states, transfer_weights(rates, row.distances, dtype), row, group
+    )  # [own, n/tp, d, dv]
+    output, _ = lightning_attention(
+        q, k, v, slopes, cu_seqlens=cu_seqlens, lengths=row.lengths, scale=scale
+    )
+    parts = list(output.split(row.lengths))
+    queries, number = q.split(row.lengths), 0
+    for state, pieces in zip(incoming, row.pieces, strict=True):
+        # Also where a document begins and the state is zero: each rank must reach the backward of
+        # the exchange, or the others wait for it.
+        parts[number] = parts[number] + read_state(queries[number] * scale, state, rates)
+        number += len(pieces)
+    return torch.cat(parts).to(query.dtype)
+
+
+def context_softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    row: ContextRow,
+    group: torch.distributed.ProcessGroup,
+    scale: float,
+) -> torch.Tensor:
+    """Return causal attention [t/cp, n/tp, d] within documents. Collective over `group`.
+
+    Args:
+        query: [t/cp, n/tp, d], this rank's segments one after the other.
+        key: [t/cp, g/tp, d]
+        value: [t/cp, g/tp, d]
+        row: the row as this rank sees it.
+        group: context-parallel ranks.
+        scale: of the scores.
+    """
+    both = torch.stack([key, value])  # [2, t/cp, g/tp, d]
+    keys, values = _GatherRow.apply(both, row, group)  # [2, t, g/tp, d]
+    pieces = [(p.start, p.stop, p.document_start) for pieces in row.pieces for p in pieces]
+    return piece_attention(query, keys, values, pieces=pieces, scale=scale)
+
+
+class _Exchange(torch.autograd.Function):
+    """States that segments leave behind -> states in which this rank's segments begin."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weights: torch.Tensor,
+        row: ContextRow,
+        group: torch.distributed.ProcessGroup,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weights)
+        ctx.row, ctx.group = row, group
+        left = _gather_segments(states, row, group)  # [segments, n, d, dv]
+        return torch.einsum("nij,inde->jnde", weights[:, :, list(row.own)], left)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        read = _gather_segments(grad, ctx.row, ctx.group)  # [segments, n, d, dv]
+        own = torch.einsum("nij,jnde->inde", weights[:, list(ctx.row.own), :], read)
+        return own, None, None, None
+
+
+class _GatherRow(torch.autograd.Function):
+    """[2, t/cp, ...] of this rank -> [2, t, ...] in the order of the row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, own: torch.Tensor, row: ContextRow, group: torch.distributed.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.row, ctx.group = row, group
+        segments = torch.stack(own.chunk(len(row.own), dim=1))  # [own, 2, t/2cp, ...]
+        return torch.cat(_gather_segments(segments, row, group).unbind(), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        row: ContextRow = ctx.row
+        segments = torch.stack(grad.chunk(len(row.segments), dim=1))
+        own = _sum_segments(segments, row, ctx.group)
+        return torch.cat(own.unbind(), dim=1), None, None
+
+
+def _gather_segments(
+    own: torch.Tensor, row: ContextRow, group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    """Return [segments, ...] in the order of the row from this rank's [own, ...]."""
+    gathered = own.new_empty(len(row.segments), *own.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, own.contiguous(), group=group)
+    order = torch.tensor(row.by_rank).argsort().tolist()
+    return gathered[order]
+
+
+def _sum_segments(
+    segments: torch.Tensor, row: ContextRow, group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    """Return this rank's [own, ...] of the sum over ranks of [segments, ...]."""
+    own = segments.new_empty(len(row.own), *segments.shape[1:])
+    by_rank = segments[list(row.by_rank)].contiguous()
+    torch.distributed.reduce_scatter_tensor(own, by_rank, group=group)
+    return own
