@@ -1,7 +1,8 @@
-"""Checkpoints of a run in megatron's torch_dist format: save, restore, retain."""
+"""Layout-free, durable, asynchronous checkpoints of a run: save, restore, retain."""
 
 import ring_train.platform  # noqa: F401  (must come before the first import of megatron.core)
 from ring_train.checkpoint.checkpointer import Checkpointer, TrainState, load_weights
 from ring_train.checkpoint.errors import CheckpointError
+from ring_train.checkpoint.manifest import find_checkpoint
 
-__all__ = ["CheckpointError", "Checkpointer", "TrainState", "load_weights"]
+__all__ = ["CheckpointError", "Checkpointer", "TrainState", "find_checkpoint", "load_weights"]

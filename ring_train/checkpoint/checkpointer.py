@@ -1,38 +1,67 @@
-"""Saving and restoring weights, optimizer state and position of a run.
+"""Saving and restoring weights, optimizer state and position of a run, under any layout.
 
-A checkpoint is the folder `checkpoints/step_00000100`, written under another name and renamed when
-complete, so a folder of that name is whole. Inside: megatron's torch_dist files (global tensors,
-whatever the layout), `config.yaml` and `train_state.json`. The data position is the step: the data
-stream is a pure function of seed and sample index.
+A checkpoint is the folder `checkpoints/step_00000100`; see docs/checkpoints.md for what is in it.
+The data position is the step, and so is the place in the schedule: the data stream and the schedule
+are pure functions of it. Nothing draws random numbers during training but what seeds are derived
+for, so torch's generator of rank 0 stands for all.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
-import warnings
+import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_attr_wrapped_model
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.identity import check_same_layout, check_same_model
+from ring_train.checkpoint.identity import check_same_model, check_same_precision
+from ring_train.checkpoint.manifest import (
+    CONFIG_FILE,
+    STATE_FILE,
+    newest_step,
+    read_manifest,
+    step_path,
+    whole_steps,
+)
+from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks, raise_first
+from ring_train.checkpoint.reading import (
+    Copy,
+    check_pieces,
+    plan_copies,
+    read_checked,
+    read_state,
+    run_copies,
+)
+from ring_train.checkpoint.tensors import (
+    Held,
+    Moments,
+    current_moments,
+    held_state,
+    held_weights,
+    new_moments,
+    optimizer_step,
+    set_state,
+)
+from ring_train.checkpoint.writing import Save, SaveJob, prepare_folder, save_problem, snapshot
 from ring_train.config import to_yaml
+from ring_train.model.tensors import Shard
 from ring_train.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "train_state.json"
-CONFIG_FILE = "config.yaml"
+RNG_KEY = "rng/torch"
+"""Kind and name of the state of torch's generator."""
+OPTIMIZER_STEP = "optimizer_step"
+"""Key of the state file: updates that were made, which bias correction depends on."""
+
+Model = list[DistributedDataParallel]
 
 
 @dataclass(frozen=True)
@@ -49,6 +78,17 @@ class TrainState:
     """What the samples of each phase depend on, see `ring_train.data.mixture`."""
 
 
+@dataclass(frozen=True)
+class _Resumed:
+    """A checkpoint that was found right and is about to be copied."""
+
+    state: TrainState
+    copies: list[Copy]
+    moments: Moments
+    optimizer_step: int
+    rng: torch.Tensor
+
+
 class Checkpointer:
     """Checkpoints of one run folder.
 
@@ -61,149 +101,153 @@ class Checkpointer:
         self.plan = plan
         self.groups = groups
         self.folder = Path(plan.config.run_dir) / "checkpoints"
+        self._running: Save | None = None
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending."""
-        found = self.folder.glob("step_*")
-        return sorted(
-            int(path.name[5:])
-            for path in found
-            if path.name[5:].isdigit() and (path / STATE_FILE).exists()
-        )
+        return whole_steps(self.folder)
 
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` steps."""
-        return self.folder / f"step_{step:08d}"
+        return step_path(self.folder, step)
 
-    def save(
-        self,
-        state: TrainState,
-        model: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-    ) -> Path:
-        """Write a checkpoint and drop old ones; return its folder. Collective over all ranks."""
-        target = self.path(state.step)
-        if state.step in self.steps():
-            return target
-        partial = target.with_name(f"{target.name}.partial")
-        rank = torch.distributed.get_rank()
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        torch.distributed.barrier()
-        tensors = _model_state(model, self.groups)
-        tensors["optimizer"] = optimizer.sharded_state_dict(
-            dict(tensors), metadata=_metadata(self.groups)
-        )
-        dist_checkpointing.save(tensors, str(partial), validate_access_integrity=True)
-        torch.distributed.barrier()
-        if rank == 0:
-            (partial / CONFIG_FILE).write_text(to_yaml(self.plan.config))
-            (partial / STATE_FILE).write_text(json.dumps(asdict(state)))
-            partial.rename(target)
-            self._retain()
-            logger.info("saved %s", target)
-        torch.distributed.barrier()
-        return target
+    def save(self, state: TrainState, model: Model, optimizer: MegatronOptimizer) -> Path:
+        """Begin a checkpoint and return its folder, which appears when it is complete.
 
-    def restore_or_init(
-        self, model: list[DistributedDataParallel], optimizer: MegatronOptimizer
-    ) -> TrainState:
-        """Load the newest checkpoint of the run into model and optimizer, if there is one.
+        The state is copied before this returns; `finish` waits for the disk. An earlier save is
+        waited for first. Collective over all ranks.
 
         Raises:
-            CheckpointError: the run folder belongs to another model or was saved under another
-                layout, or the checkpoint is damaged.
+            CheckpointError: the earlier save failed, or the disk has no room for this one.
         """
-        steps = self.steps()
-        if not steps:
+        self.finish()
+        target = self.path(state.step)
+        held = self._held(model, optimizer)
+        sizes = [x.values.nbytes for x in held if x.is_written]
+        needed = torch.tensor(sum(sizes), device=held[0].values.device)
+        torch.distributed.all_reduce(needed)
+
+        def begin() -> str | None:
+            if state.step in self.steps():
+                return None
+            prepare_folder(self.folder, state.step, int(needed))
+            return secrets.token_hex(16)
+
+        nonce = from_rank_0(begin)
+        if nonce is None:
+            return target
+        self._running = Save(self._job(state, held, optimizer_step(optimizer), nonce))
+        if not self.plan.config.checkpoint.async_save:
+            self.finish()
+        return target
+
+    def finish(self) -> None:
+        """Wait until the save that was begun is complete. Collective over all ranks.
+
+        Raises:
+            CheckpointError: it failed on a rank; nothing of it is left.
+        """
+        save, self._running = self._running, None
+        if save is None:
+            return
+        try:
+            raise_first(_problem(save, save.written.exception()))
+            raise_first(_problem(save, save.committed.exception()))
+        except CheckpointError:
+            save.abandon()
+            raise
+
+    def restore_or_init(self, model: Model, optimizer: MegatronOptimizer) -> TrainState:
+        """Load the newest checkpoint of the run into model and optimizer, if there is one.
+
+        Collective over all ranks.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another model or precision. Model and
+                optimizer are as they were.
+        """
+        step = from_rank_0(lambda: newest_step(self.folder))
+        if step is None:
             return TrainState()
-        folder = self.path(steps[-1])
-        check_same_model(folder / CONFIG_FILE, self.plan.config.model)
-        check_same_layout(folder / CONFIG_FILE, self.plan)
-        state = TrainState(**json.loads((folder / STATE_FILE).read_text()))
-        template = _model_state(model, self.groups)
-        template["optimizer"] = optimizer.sharded_state_dict(
-            dict(template), is_loading=True, metadata=_metadata(self.groups)
-        )
-        loaded = _load(template, folder)
-        _load_model(model, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+        folder = self.path(step)
+        resumed = on_all_ranks(lambda: self._check(folder, model, optimizer))
+        run_copies(folder, resumed.copies)
+        set_state(optimizer, resumed.moments, resumed.optimizer_step)
+        torch.set_rng_state(resumed.rng)
         logger.info("resumed from %s", folder)
-        return state
+        return resumed.state
 
-    def _retain(self) -> None:
-        """Remove the oldest complete checkpoints beyond `checkpoint.keep`, never the newest."""
-        keep = self.plan.config.checkpoint.keep
-        if keep:
-            for step in self.steps()[:-keep]:
-                shutil.rmtree(self.path(step))
+    def _held(self, model: Model, optimizer: MegatronOptimizer) -> list[Held]:
+        """Return what this rank holds of what a checkpoint holds."""
+        return [
+            *held_weights(model, self.groups),
+            *held_state(model, optimizer, self.groups, current_moments(optimizer)),
+            _held_rng(torch.get_rng_state()),
+        ]
+
+    def _job(self, state: TrainState, held: list[Held], num_updates: int, nonce: str) -> SaveJob:
+        """Return what this rank writes, copied from what it holds."""
+        config, rank = self.plan.config, torch.distributed.get_rank()
+        tensors, values = snapshot([item for item in held if item.is_written], rank)
+        record = {**asdict(state), OPTIMIZER_STEP: num_updates}
+        return SaveJob(
+            folder=self.folder,
+            step=state.step,
+            rank=rank,
+            world_size=torch.distributed.get_world_size(),
+            nonce=nonce,
+            tensors=tensors,
+            values=values,
+            small_files={CONFIG_FILE: to_yaml(config), STATE_FILE: json.dumps(record)},
+            saved_by={"world_size": self.plan.mesh.world_size, "parallel": asdict(config.parallel)},
+            keep=config.checkpoint.keep,
+        )
+
+    def _check(self, folder: Path, model: Model, optimizer: MegatronOptimizer) -> _Resumed:
+        """Return what to copy from a checkpoint, all of it found right; changes nothing."""
+        manifest = read_manifest(folder)
+        read_checked(folder, manifest, CONFIG_FILE)
+        check_same_model(folder / CONFIG_FILE, self.plan.config.model)
+        check_same_precision(folder / CONFIG_FILE, self.plan.config.train)
+        record = read_state(folder, manifest)
+        num_updates = record.pop(OPTIMIZER_STEP)
+        moments = new_moments(optimizer) if num_updates else {}
+        rng = torch.get_rng_state()
+        wanted = [
+            *held_weights(model, self.groups),
+            *held_state(model, optimizer, self.groups, moments),
+            _held_rng(rng),
+        ]
+        copies = plan_copies(folder, manifest, wanted, same_dtype=True)
+        check_pieces(folder, manifest, (copy.piece for copy in copies))
+        return _Resumed(TrainState(**record), copies, moments, num_updates, rng)
 
 
-def load_weights(
-    folder: Path, model: list[DistributedDataParallel], plan: Plan, groups: ProcessGroupCollection
-) -> None:
+def _held_rng(state: torch.Tensor) -> Held:
+    is_written = torch.distributed.get_rank() == 0
+    return Held(RNG_KEY, state, 0, tuple(state.shape), Shard(dim=0, world=1, rank=0), is_written)
+
+
+def _problem(save: Save, error: BaseException | None) -> str | None:
+    return None if error is None else save_problem(save.job.target, error)
+
+
+def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCollection) -> None:
     """Load the weights and expert biases of a checkpoint, saved under any layout.
 
+    Weights of another precision are converted. Collective over all ranks.
+
     Raises:
-        CheckpointError: no complete checkpoint, or one of another model.
+        CheckpointError: no complete checkpoint, a damaged one, or one of another model. The model
+            is as it was.
     """
-    if not (folder / STATE_FILE).exists():
-        raise CheckpointError(
-            f"{folder}: no {STATE_FILE}, so this is not a complete checkpoint; "
-            "name a folder like RUN_DIR/checkpoints/step_00000100"
-        )
-    check_same_model(folder / CONFIG_FILE, plan.config.model)
-    _load_model(model, _load(_model_state(model, groups), folder))
 
+    def check() -> list[Copy]:
+        manifest = read_manifest(folder)
+        read_checked(folder, manifest, CONFIG_FILE)
+        check_same_model(folder / CONFIG_FILE, plan.config.model)
+        copies = plan_copies(folder, manifest, held_weights(model, groups), same_dtype=False)
+        check_pieces(folder, manifest, (copy.piece for copy in copies))
+        return copies
 
-def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return what megatron's modules and optimizers need to describe their state."""
-    return {
-        "dp_cp_group": groups.dp_cp,
-        "singleton_local_shards": False,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-    }
-
-
-def _keys(model: list[DistributedDataParallel]) -> list[str]:
-    return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
-
-
-def _model_state(
-    model: list[DistributedDataParallel], groups: ProcessGroupCollection
-) -> dict[str, Any]:
-    """Return the sharded state of every chunk of this rank."""
-    return {
-        key: _unwrap(chunk).sharded_state_dict(metadata=_metadata(groups))
-        for key, chunk in zip(_keys(model), model, strict=True)
-    }
-
-
-def _unwrap(chunk: torch.nn.Module) -> MegatronModule:
-    return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
-
-
-def _load(template: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        # torch warns of a single process and of megatron's use of ShardedTensor; both are meant.
-        warnings.simplefilter("ignore")
-        return _load_quietly(template, folder)
-
-
-def _load_quietly(template: dict[str, Any], folder: Path) -> dict[str, Any]:
-    try:
-        loaded: Any = dist_checkpointing.load(template, str(folder), validate_access_integrity=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: megatron could not load it ({type(error).__name__}: {error}); it is "
-            "damaged; remove it to resume from the one before"
-        ) from error
-    return loaded
-
-
-def _load_model(model: list[DistributedDataParallel], loaded: dict[str, Any]) -> None:
-    for key, chunk in zip(_keys(model), model, strict=True):
-        _unwrap(chunk).load_state_dict(loaded[key])
+    run_copies(folder, on_all_ranks(check))

@@ -4,4 +4,4 @@ from ring_train.errors import UserError
 
 
 class CheckpointError(UserError):
-    """A checkpoint on disk is missing, incomplete or of another model."""
+    """A checkpoint on disk is missing, damaged or of another model, or cannot be written."""

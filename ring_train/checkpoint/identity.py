@@ -6,8 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.config import ModelConfig, ParallelConfig, read_yaml
-from ring_train.plan import Plan
+from ring_train.config import ModelConfig, TrainConfig, read_yaml
 
 MAY_DIFFER = frozenset(
     {
@@ -42,20 +41,12 @@ def check_same_model(config_file: Path, model: ModelConfig) -> None:
         )
 
 
-def check_same_layout(config_file: Path, plan: Plan) -> None:
-    """Raise CheckpointError, naming every differing key, unless the layouts are the same.
-
-    Weights load under any layout (`load_weights`); resharding optimizer state is not built yet.
-    """
-    saved, now = read_yaml(config_file).parallel, plan.config.parallel
-    differing = [
-        f"parallel.{f.name}={getattr(now, f.name)} (checkpoint: {getattr(saved, f.name)})"
-        for f in fields(ParallelConfig)
-        if getattr(saved, f.name) != getattr(now, f.name)
-    ]
-    if differing:
+def check_same_precision(config_file: Path, train: TrainConfig) -> None:
+    """Raise CheckpointError unless a run continues in the precision of the checkpoint."""
+    saved = read_yaml(config_file).train.precision
+    if saved != train.precision:
         raise CheckpointError(
-            f"{config_file.parent}: saved under another layout: {'; '.join(differing)}; resume "
-            "with the parallel sizes of the checkpoint, or start in a new run_dir with "
+            f"{config_file.parent}: train.precision={train.precision} (checkpoint: {saved}); "
+            "resume with the precision of the checkpoint, or start in a new run_dir with "
             f"init_from={config_file.parent}"
         )

@@ -23,6 +23,7 @@ from ring_train.config.root import (
     ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
+    VerifyCheckpointConfig,
 )
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
@@ -52,6 +53,7 @@ __all__ = [
     "ScoreConfig",
     "ScoreFunction",
     "TrainConfig",
+    "VerifyCheckpointConfig",
     "compose",
     "read_yaml",
     "to_yaml",

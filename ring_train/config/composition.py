@@ -27,6 +27,7 @@ from ring_train.config.root import (
     ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
+    VerifyCheckpointConfig,
 )
 from ring_train.errors import UserError
 
@@ -42,6 +43,7 @@ ROOTS: dict[str, type] = {
     "export": ExportConfig,
     "generate": GenerateConfig,
     "reproduce": ReproduceConfig,
+    "verify_checkpoint": VerifyCheckpointConfig,
 }
 
 

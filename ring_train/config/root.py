@@ -121,3 +121,11 @@ class ReproduceConfig:
     """Run folder to repeat."""
     run_dir: str | None = None
     """Folder of the repetition; null = beside the recorded run."""
+
+
+@dataclass(kw_only=True)
+class VerifyCheckpointConfig:
+    """A checkpoint, checked byte by byte."""
+
+    folder: str
+    """Checkpoint folder, or run folder for its latest one."""

@@ -36,6 +36,8 @@ class CheckpointConfig:
     """0 = only at the end."""
     keep: int | None
     """Latest checkpoints kept; null = all."""
+    async_save: bool = True
+    """Train on while a thread writes; false = wait for the disk."""
 
 
 @dataclass(kw_only=True)

@@ -26,33 +26,12 @@ from ring_train.runtime.errors import run_job
 def main(overrides: list[str]) -> None:
     """Export the checkpoint that the overrides name."""
     config: ExportConfig = compose("export", overrides)
+
+    from ring_train.checkpoint import find_checkpoint
+
     folder = find_checkpoint(Path(config.checkpoint))
     plan = export_plan(folder, config)
     export(plan, folder, config)
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Return the folder of a complete checkpoint: `folder`, or the newest one of a run folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    from ring_train.checkpoint import CheckpointError
-    from ring_train.checkpoint.checkpointer import STATE_FILE
-
-    if (folder / STATE_FILE).is_file():
-        return folder
-    complete = {
-        int(path.name.removeprefix("step_")): path
-        for path in folder.glob("checkpoints/step_*")
-        if path.name.removeprefix("step_").isdigit() and (path / STATE_FILE).is_file()
-    }
-    if not complete:
-        raise CheckpointError(
-            f"checkpoint={folder} is neither a complete checkpoint nor a run folder with one; "
-            "name RUN_DIR or RUN_DIR/checkpoints/step_00000100"
-        )
-    return complete[max(complete)]
 
 
 def export_plan(folder: Path, config: ExportConfig) -> Plan:
@@ -67,7 +46,7 @@ def export_plan(folder: Path, config: ExportConfig) -> Plan:
             f"{folder}/config.yaml: data.tokenizer is empty, and an export holds its tokenizer; "
             "write the tokenizer's folder there"
         )
-    from ring_train.checkpoint.checkpointer import STATE_FILE
+    from ring_train.checkpoint.manifest import STATE_FILE
 
     _check_decay_rule(folder, saved, config)
     train = dataclasses.replace(saved.train, precision=Precision.fp32)

@@ -1,8 +1,7 @@
 """Makes megatron-core run where there is no CUDA. Import this before anything of megatron.
 
 Unusual: importing it imports megatron.core and replaces a few functions of torch.cuda and of
-megatron-core for the life of the process (see `cpu.py`; where CUDA is available, none of them), and
-the queue of the checkpoint writers everywhere (see `checkpoint_queue.py`).
+megatron-core for the life of the process (see `cpu.py`; where CUDA is available, none of them).
 """
 
 import warnings
@@ -11,12 +10,9 @@ import warnings
 warnings.filterwarnings("ignore", message="Apex is not installed")
 warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
 
-from ring_train.platform import checkpoint_queue  # noqa: E402  (after the filters)
 from ring_train.platform.cpu import install  # noqa: E402  (after the filters)
 
 IS_CPU = install()
 """True where this process has no CUDA device and runs megatron-core on the CPU and gloo."""
-
-checkpoint_queue.install()
 
 __all__ = ["IS_CPU"]

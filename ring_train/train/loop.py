@@ -80,6 +80,7 @@ class Trainer:
                 state = self._step(state)
                 bar.update()
         self._save(state)
+        self.checkpoints.finish()
         if self.writer is not None:
             self.writer.close()
         return state

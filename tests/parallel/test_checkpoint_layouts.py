@@ -32,7 +32,9 @@ def save(run_dir: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
         optimizer = build_optimizer(plan, model, groups.collection)
         rows = make_micro_batches(plan, 0, groups.dp_rank)
         train_step(plan, model, optimizer, rows, groups.collection, step=0, num_domains=1)
-        Checkpointer(plan, groups.collection).save(TrainState(step=1), model, optimizer)
+        checkpoints = Checkpointer(plan, groups.collection)
+        checkpoints.save(TrainState(step=1), model, optimizer)
+        checkpoints.finish()
         return weights_by_name(model)
 
 

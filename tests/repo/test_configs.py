@@ -25,6 +25,7 @@ REQUIRED = {
     "build_index": ["model=tiny"],
     "explain": ["run=a", "sample=0"],
     "prove_mixture": ["run=a"],
+    "verify_checkpoint": ["folder=a"],
 }
 
 

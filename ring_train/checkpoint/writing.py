@@ -1,0 +1,249 @@
+"""Writing a checkpoint in the background: each rank its file, rank 0 the manifest and the rename.
+
+A save is a folder `step_00000100.partial` until everything in it is on the disk. Each rank writes
+`rank_00000.safetensors`, then `rank_00000.json` with what is in it; rank 0 waits for those of all
+ranks, writes manifest.json and renames the folder. Nothing here is collective: threads must not
+talk over process groups that the training step uses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ring_train.checkpoint.boxes import tiling_problem
+from ring_train.checkpoint.errors import CheckpointError
+from ring_train.checkpoint.files import (
+    DTYPE_NAMES,
+    FileRecord,
+    sync_folder,
+    write_durably,
+    write_tensors,
+)
+from ring_train.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Piece,
+    StoredTensor,
+    manifest_text,
+    parse_tensors,
+    step_path,
+    tensors_record,
+    whole_steps,
+)
+from ring_train.checkpoint.tensors import Held
+
+logger = logging.getLogger(__name__)
+
+PARTIAL_SUFFIX = ".partial"
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """What one rank writes of one checkpoint."""
+
+    folder: Path
+    """Of all checkpoints."""
+    step: int
+    rank: int
+    world_size: int
+    nonce: str
+    """The same on all ranks and never again, so that leftovers of another save do not count."""
+    tensors: Mapping[str, StoredTensor]
+    values: Mapping[str, torch.Tensor]
+    """By name in the file."""
+    small_files: Mapping[str, str]
+    """Texts that rank 0 writes."""
+    saved_by: Mapping[str, Any]
+    keep: int | None
+
+    @property
+    def target(self) -> Path:
+        """Where the checkpoint will be."""
+        return step_path(self.folder, self.step)
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return partial_path(self.target)
+
+
+def partial_path(target: Path) -> Path:
+    """Return the name of a checkpoint that is not complete yet, or not any more."""
+    return target.with_name(target.name + PARTIAL_SUFFIX)
+
+
+def snapshot(
+    held: list[Held], rank: int
+) -> tuple[dict[str, StoredTensor], dict[str, torch.Tensor]]:
+    """Return what a rank saves, and copies of the values on the host by name in its file."""
+    tensors, values = {}, {}
+    for item in held:
+        pieces = []
+        for number, (box, view) in enumerate(item.boxes()):
+            name = f"{item.key}#{number}"
+            host = torch.empty(box.extent, dtype=view.dtype, device="cpu")
+            values[name] = host.copy_(view)
+            pieces.append(Piece(f"rank_{rank:05d}.safetensors", name, box))
+        dtype = DTYPE_NAMES[item.values.dtype]
+        tensors[item.key] = StoredTensor(dtype, item.full_shape, tuple(pieces))
+    return tensors, values
+
+
+class Save:
+    """A save that runs in a thread of its own from the moment this is made.
+
+    Args:
+        job: what to write.
+    """
+
+    def __init__(self, job: SaveJob) -> None:
+        self.job = job
+        self.written: Future[None] = Future()
+        self.committed: Future[None] = Future()
+        self._abandoned = threading.Event()
+        threading.Thread(target=self._run, daemon=True, name=f"save {job.step}").start()
+
+    def _run(self) -> None:
+        _fulfil(self.written, lambda: write_rank(self.job))
+        if self.job.rank == 0:
+            _fulfil(self.committed, lambda: commit(self.job, self._abandoned))
+        else:
+            self.committed.set_result(None)
+
+    def abandon(self) -> None:
+        """Leave nothing of a save that failed, once no rank writes any more."""
+        self._abandoned.set()
+        self.committed.exception()
+        if self.job.rank == 0:
+            shutil.rmtree(self.job.partial, ignore_errors=True)
+
+
+def _fulfil(future: Future[None], function: Callable[[], None]) -> None:
+    try:
+        function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+def write_rank(job: SaveJob) -> None:
+    """Write a rank's tensors, and then what they are."""
+    files = {}
+    if job.values:
+        name = f"rank_{job.rank:05d}.safetensors"
+        files[name] = asdict(write_tensors(job.partial / name, job.values))
+    record = {"nonce": job.nonce, "files": files, "tensors": tensors_record(job.tensors)}
+    path = _rank_file(job, job.rank)
+    unnamed = path.with_suffix(".tmp")
+    write_durably(unnamed, [json.dumps(record).encode()])
+    unnamed.rename(path)
+
+
+def _rank_file(job: SaveJob, rank: int) -> Path:
+    return job.partial / f"rank_{rank:05d}.json"
+
+
+def commit(job: SaveJob, abandoned: threading.Event) -> None:
+    """Wait for all ranks, write the manifest, rename the folder and drop old checkpoints."""
+    records = _wait_for_ranks(job, abandoned)
+    if records is None:
+        return
+    files = {
+        name: write_durably(job.partial / name, [text.encode()])
+        for name, text in job.small_files.items()
+    }
+    tensors: dict[str, StoredTensor] = {}
+    for record in records:
+        files |= {name: FileRecord(**file) for name, file in record["files"].items()}
+        for key, part in parse_tensors(record["tensors"]).items():
+            before = tensors[key].pieces if key in tensors else ()
+            tensors[key] = StoredTensor(part.dtype, part.shape, before + part.pieces)
+    for key, tensor in tensors.items():
+        problem = tiling_problem(tensor.shape, (piece.box for piece in tensor.pieces))
+        assert problem is None, f"{key}: {problem}"
+    manifest = Manifest(job.step, job.saved_by, files, tensors)
+    for rank in range(job.world_size):
+        _rank_file(job, rank).unlink()
+    write_durably(job.partial / MANIFEST_FILE, [manifest_text(manifest).encode()])
+    sync_folder(job.partial)
+    if job.target.exists():
+        # It is damaged: `save` does not begin where a whole checkpoint is.
+        aside = partial_path(job.target.with_name(f"{job.target.name}.damaged"))
+        job.target.rename(aside)
+        shutil.rmtree(aside)
+    job.partial.rename(job.target)
+    sync_folder(job.folder)
+    logger.info("saved %s", job.target)
+    retain(job.folder, job.keep)
+
+
+def _wait_for_ranks(job: SaveJob, abandoned: threading.Event) -> list[dict[str, Any]] | None:
+    """Return what the ranks have written, None if the save was abandoned."""
+    records = []
+    for rank in range(job.world_size):
+        path = _rank_file(job, rank)
+        while not (record := _record_of(path, job.nonce)):
+            if abandoned.wait(POLL_S):
+                return None
+        records.append(record)
+    return records
+
+
+def _record_of(path: Path, nonce: str) -> dict[str, Any] | None:
+    """Return what a rank has written in the save of this nonce, if it has."""
+    if not path.exists():
+        return None
+    record = json.loads(path.read_bytes())
+    return record if record["nonce"] == nonce else None
+
+
+def retain(folder: Path, keep: int | None) -> None:
+    """Remove whole checkpoints older than the newest `keep`; damaged ones are left to a person."""
+    for step in whole_steps(folder)[:-keep] if keep else []:
+        path = step_path(folder, step)
+        # No half removed folder is ever named like a checkpoint.
+        path.rename(partial_path(path))
+        shutil.rmtree(partial_path(path))
+
+
+def prepare_folder(folder: Path, step: int, needed_bytes: int) -> None:
+    """Make the folder that all ranks write to, without what interrupted saves have left.
+
+    Raises:
+        CheckpointError: the disk is too full, or cannot be written.
+    """
+    partial = partial_path(step_path(folder, step))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(leftover)
+        free_bytes = shutil.disk_usage(folder).free
+        if needed_bytes > free_bytes:
+            raise CheckpointError(
+                f"{partial.with_suffix('')} needs {needed_bytes} bytes, but {free_bytes} are free; "
+                "make room, or lower checkpoint.keep"
+            )
+        partial.mkdir()
+    except OSError as error:
+        raise CheckpointError(save_problem(partial, error)) from error
+
+
+def save_problem(path: Path, error: BaseException) -> str:
+    """Return the message for a save that failed."""
+    what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return (
+        f"{path.with_suffix('')} could not be saved ({what}); the checkpoints before it are whole: "
+        "make room or repair the disk and resume"
+    )
