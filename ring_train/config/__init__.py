@@ -6,6 +6,8 @@ from ring_train.config.choices import (
     LrDecayStyle,
     Packing,
     Precision,
+    RecomputeGranularity,
+    RecomputeMethod,
     ScoreFunction,
 )
 from ring_train.config.composition import ConfigError, compose, read_yaml, to_yaml
@@ -49,6 +51,8 @@ __all__ = [
     "PhaseConfig",
     "Precision",
     "ProveMixtureConfig",
+    "RecomputeGranularity",
+    "RecomputeMethod",
     "ReproduceConfig",
     "ScoreConfig",
     "ScoreFunction",

@@ -41,6 +41,24 @@ class LrDecayStyle(StrEnum):
     """Stays at `lr`, then falls linearly to `min_lr` over the last `wsd_decay_steps` steps."""
 
 
+class RecomputeGranularity(StrEnum):
+    """What the backward pass computes again instead of keeping it in memory."""
+
+    full = auto()
+    """Whole layers, MTP layers included."""
+    selective = auto()
+    """The parts that `recompute_modules` names, in every layer."""
+
+
+class RecomputeMethod(StrEnum):
+    """Which layers of a pipeline stage full recomputation covers."""
+
+    uniform = auto()
+    """All of them, in groups of `recompute_num_layers` of which only the input is kept."""
+    block = auto()
+    """The first `recompute_num_layers`, one by one."""
+
+
 class Packing(StrEnum):
     """How documents become rows."""
 

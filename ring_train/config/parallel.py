@@ -1,6 +1,8 @@
 """How the model is spread over ranks. Every name is megatron-core's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ring_train.config.choices import RecomputeGranularity, RecomputeMethod
 
 
 @dataclass(kw_only=True)
@@ -21,3 +23,12 @@ class ParallelConfig:
     """Shard activations between tensor-parallel regions; null = wherever tensor parallelism is."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+
+    recompute_granularity: RecomputeGranularity | None = None
+    """Compute activations again in the backward pass; null = keep them all."""
+    recompute_method: RecomputeMethod | None = None
+    """Which layers, for full recomputation."""
+    recompute_num_layers: int | None = None
+    """Layers of a group (uniform) or of each stage (block), for full recomputation."""
+    recompute_modules: list[str] = field(default_factory=list)
+    """Parts of a layer, for selective recomputation: core_attn, mlp, moe, shared_experts."""

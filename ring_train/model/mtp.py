@@ -6,6 +6,7 @@ cross a document boundary. Embedding and output head are the model's own.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class MtpLayer(torch.nn.Module):
         super().__init__()
         self.groups = groups
         self.sequence_parallel = config.sequence_parallel
+        self.recompute = config.recompute_granularity == "full"
         hidden, eps = config.hidden_size, config.layernorm_epsilon
         assert config.init_method is not None
         self.enorm = RMSNorm(config, hidden, eps)
@@ -71,6 +73,21 @@ class MtpLayer(torch.nn.Module):
             documents: boundaries of the row.
             padding_mask: [1, t/sp] bool, True where padding.
         """
+        layer = partial(self._forward, documents=documents)
+        inputs = (hidden_states, embedding, rotary_pos_emb, padding_mask)
+        if self.recompute and self.training:
+            return tensor_parallel.checkpoint(layer, False, *inputs)
+        return layer(*inputs)
+
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        embedding: torch.Tensor,
+        rotary_pos_emb: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        *,
+        documents: Documents,
+    ) -> torch.Tensor:
         joined = torch.cat([self.enorm(embedding), self.hnorm(hidden_states)], dim=-1)
         projected, _ = self.eh_proj(joined)  # [t, 1, h/tp]
         projected = tensor_parallel.gather_from_tensor_model_parallel_region(

@@ -114,7 +114,7 @@ def _level_ranks(
     counts: list[int], costs: Sequence[int], tail: int, pp: int, limit: int
 ) -> list[int]:
     """Return a split whose busiest rank no move of one layer to a neighbour relieves."""
-    counts, load = counts, _rank_load(counts, costs, tail, pp, limit)
+    load = _rank_load(counts, costs, tail, pp, limit)
     while True:
         moves = [(_rank_load(move, costs, tail, pp, limit), move) for move in _moves(counts)]
         best = min(moves, default=(load, counts))

@@ -14,6 +14,7 @@ from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
 from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems, step_plan
 from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_problems
 from ring_train.plan.problems import PlanError
+from ring_train.plan.recompute import recompute_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *mesh_problems(config.parallel, world_size),
         *layer_problems(config.model, mesh),
         *pipeline_problems(config, mesh),
+        *recompute_problems(config.parallel),
         *phase_problems(config, mesh),
         *schedule_problems(config),
         *passthrough_problems(config.model.megatron),
@@ -92,7 +94,7 @@ POSITIVE: dict[str, tuple[str, ...]] = {
         *("moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk"),
         *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
     ),
-    "parallel": (*DEGREES, "virtual_pipeline_model_parallel_size"),
+    "parallel": (*DEGREES, "virtual_pipeline_model_parallel_size", "recompute_num_layers"),
     "train": (
         "num_steps",
         "seq_length",

@@ -181,7 +181,15 @@ def test_all_problems_are_reported_at_once() -> None:
         "model.megatron.foo=1",
     )
     assert len(found) == len(set(found)) >= 7
-    for part in ("world_size=3", "pipeline_layers", "vocab_size", "num_layers", "topk", "seq_le", "foo"):
+    for part in (
+        "world_size=3",
+        "pipeline_layers",
+        "vocab_size",
+        "num_layers",
+        "topk",
+        "seq_le",
+        "foo",
+    ):
         assert any(part in problem for problem in found)
 
 
