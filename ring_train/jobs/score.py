@@ -63,10 +63,10 @@ def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Pla
     """Return a plan whose rows hold the longest prompt (all of them if packed)."""
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    unit = row_unit(max(cp, 1), max(tp, 1))
+    row = row_unit(max(cp, 1), max(tp, 1))
     lengths = [len(prompt) for prompt in prompts]
     length = sum(lengths) if config.packed else max(lengths)
-    length = -(-length // unit) * unit
+    length = -(-length // row) * row
     base: Config = compose("pretrain", ["model=tiny", "train=cpu", "optim=short"])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     base = dataclasses.replace(
@@ -81,7 +81,9 @@ def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Pla
     model_ranks = tp * parallel.pipeline_model_parallel_size * cp
     dp = max(world_size // max(model_ranks, 1), 1)
     rows = 1 if config.packed else len(prompts)
-    base.train.global_batch_size = dp * -(-rows // dp)
+    interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
+    unit = dp * (parallel.pipeline_model_parallel_size if interleaved else 1)
+    base.train.global_batch_size = unit * -(-rows // max(unit, 1))
     return make_plan(base, world_size)
 
 

@@ -27,11 +27,20 @@ CASES = {
     "ring_zero_based": ("ring_linear_v2", "expected.json", "zero_based"),
     "ring_shifted": ("ring_linear_v2", "expected_hf_rule.json", "shifted"),
 }
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+EP2 = ["parallel.expert_model_parallel_size=2"]
+CP2 = ["parallel.context_parallel_size=2"]
+VPP2 = ["parallel.virtual_pipeline_model_parallel_size=2"]
 LAYOUTS = {
     "one_rank": (1, []),
-    "tp2_sp": (2, ["parallel.tensor_model_parallel_size=2"]),
-    "pp2": (2, ["parallel.pipeline_model_parallel_size=2"]),
-    "ep2": (2, ["parallel.expert_model_parallel_size=2"]),
+    "tp2_sp": (2, TP2),
+    "pp2": (2, PP2),
+    "ep2": (2, EP2),
+    "cp2": (2, CP2),
+    "cp2_ep2": (2, [*CP2, *EP2]),
+    "pp2_vpp2": (2, [*PP2, *VPP2]),
+    "tp2_pp2_ep2": (4, [*TP2, *PP2, *EP2]),
 }
 
 
