@@ -78,10 +78,16 @@ def _mixer_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
     ):
         for name in sorted(used & registry.keys()):
             problems += registry[name].problems(model, mesh)
-    if mesh.ep > 1 and "moe" not in used_channels:
-        problems.append(
-            f"parallel.expert_model_parallel_size={mesh.ep}, but no layer is MoE; use 1"
-        )
+    degrees = {"expert_model_parallel_size": mesh.ep, "expert_tensor_parallel_size": mesh.etp}
+    if "moe" in used_channels:
+        width, by = model.moe_ffn_hidden_size, "parallel.expert_tensor_parallel_size"
+        problems += indivisible("model.moe_ffn_hidden_size", width, by, mesh.etp)
+    else:
+        problems += [
+            f"parallel.{name}={degree}, but no layer is MoE; use 1"
+            for name, degree in degrees.items()
+            if degree > 1
+        ]
     if "lightning" in used_tokens and model.architecture is not Architecture.bailing_moe_linear_v2:
         problems.append(
             f"model.architecture={model.architecture} has no lightning layers; use "

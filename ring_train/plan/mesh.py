@@ -79,19 +79,7 @@ def mesh_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
             "parallel.sequence_parallel=True shards over tensor-parallel ranks, but "
             "parallel.tensor_model_parallel_size=1; leave sequence_parallel at null"
         )
-    return problems + _not_yet(parallel)
-
-
-def _not_yet(parallel: ParallelConfig) -> list[str]:
-    """Return a problem for each kind of parallelism that is planned but not implemented."""
-    later = {
-        "expert_tensor_parallel_size": "tensor parallelism inside experts",
-    }
-    return [
-        f"parallel.{name}={getattr(parallel, name)}: {what} is not implemented yet; use 1"
-        for name, what in later.items()
-        if (getattr(parallel, name) or 1) > 1
-    ]
+    return problems
 
 
 def tensor_split_problems(sizes: dict[str, int], tp: int) -> list[str]:

@@ -24,6 +24,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ring_train.platform.uneven import padded_gather, padded_reduce_scatter
+
 CPU = torch.device("cpu")
 _REWRITTEN = frozenset((torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to))
 
@@ -215,7 +217,7 @@ def _patch_megatron() -> None:
     import megatron.core.jit
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
 
     # Modules imported later must not compile either.
@@ -232,6 +234,12 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
+
+    # gloo refuses parts of different lengths.
+    mappings._gather_along_first_dim = padded_gather(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = padded_reduce_scatter(
+        mappings._reduce_scatter_along_first_dim
+    )
 
     # See FusedAdam. Where Apex or Transformer Engine can be imported without CUDA, still ours.
     optimizer.Adam = FusedAdam

@@ -93,7 +93,19 @@ def test_degrees_multiply_to_the_world(tp: int, pp: int, ep: int, times: int) ->
         (3, ["parallel.expert_model_parallel_size=3"], "model.num_moe_experts=8 is not divisible"),
         (3, ["parallel=ep2"], "world_size=3 is not divisible by expert_tensor_parallel_size *"),
         (3, ["parallel=tp2"], "world_size=3 is not divisible by tensor_model_parallel_size *"),
-        (2, ["parallel.expert_tensor_parallel_size=2"], "inside experts is not implemented yet"),
+        (
+            3,
+            ["parallel.expert_tensor_parallel_size=3"],
+            "model.moe_ffn_hidden_size=64 is not divisible by parallel.expert_tensor_parallel_size",
+        ),
+        (
+            2,
+            [
+                *("parallel.expert_tensor_parallel_size=2", "model.num_moe_experts=null"),
+                "model.mtp_num_layers=0",
+            ],
+            "parallel.expert_tensor_parallel_size=2, but no layer is MoE; use 1",
+        ),
         (1, ["model.moe_router_num_groups=3"], "model.num_moe_experts=8 is not divisible by model"),
         (1, ["model.moe_router_group_topk=3"], "model.moe_router_group_topk=3 exceeds model.moe_r"),
         (1, ["model.moe_router_group_topk=2"], "is not 2 * model.moe_router_group_topk=2"),
