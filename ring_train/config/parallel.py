@@ -23,6 +23,10 @@ class ParallelConfig:
     """Shard activations between tensor-parallel regions; null = wherever tensor parallelism is."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket during the last backward pass instead of after it."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters during the next forward pass instead of before it."""
 
     recompute_granularity: RecomputeGranularity | None = None
     """Compute activations again in the backward pass; null = keep them all."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ring_train.config import DryRunConfig, compose
+from ring_train.config import DryRunConfig, ParallelConfig, RecomputeMethod, compose
 from ring_train.errors import UserError
 from ring_train.plan import Phase, Plan, make_plan, plan_record, smallest_world
 
@@ -87,19 +87,33 @@ def _model_rows(plan: Plan) -> list[Row]:
 
 
 def _mesh_rows(plan: Plan) -> list[Row]:
-    mesh = plan.mesh
+    mesh, parallel = plan.mesh, plan.config.parallel
     dense = f"tp {mesh.tp} x pp {mesh.pp} x cp {mesh.cp} x dp {mesh.dp}"
     experts = f"etp {mesh.etp} x pp {mesh.pp} x ep {mesh.ep} x dp {mesh.edp}"
     switches = {
         "sequence parallel": mesh.sequence_parallel,
-        "distributed optimizer": plan.config.parallel.use_distributed_optimizer,
+        "distributed optimizer": parallel.use_distributed_optimizer,
+        "overlapped gradient reduction": parallel.overlap_grad_reduce,
+        "overlapped parameter gathering": parallel.overlap_param_gather,
     }
     chosen = ", ".join(name for name, on in switches.items() if on) or "none"
     return [
         ("ranks", f"{mesh.world_size} = {dense} (experts: {experts})"),
         ("sharding", chosen),
+        ("recomputed", _recomputed(parallel)),
         *_named("stages", (_stage(plan, i) for i in range(len(plan.pipeline.stages)))),
     ]
+
+
+def _recomputed(parallel: ParallelConfig) -> str:
+    """Return which activations the backward pass computes again."""
+    if parallel.recompute_granularity is None:
+        return "nothing"
+    if parallel.recompute_modules:
+        return ", ".join(parallel.recompute_modules)
+    if parallel.recompute_method is RecomputeMethod.uniform:
+        return f"all layers, in groups of {parallel.recompute_num_layers}, and MTP"
+    return f"the first {parallel.recompute_num_layers} layers of each stage, and MTP"
 
 
 def _stage(plan: Plan, stage: int) -> str:

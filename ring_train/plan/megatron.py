@@ -115,9 +115,12 @@ LOCAL_KERNELS: dict[str, Any] = {
 
 def make_ddp_config(plan: Plan) -> DistributedDataParallelConfig:
     """Return megatron's data-parallel config; the loss is normalised by us, so sums are plain."""
+    parallel = plan.config.parallel
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         average_in_collective=False,
         check_for_nan_in_grad=False,
     )
@@ -140,4 +143,5 @@ def make_optimizer_config(plan: Plan) -> OptimizerConfig:
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
+        overlap_param_gather=plan.config.parallel.overlap_param_gather,
     )

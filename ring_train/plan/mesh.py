@@ -79,7 +79,22 @@ def mesh_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
             "parallel.sequence_parallel=True shards over tensor-parallel ranks, but "
             "parallel.tensor_model_parallel_size=1; leave sequence_parallel at null"
         )
-    return problems
+    return problems + _overlap_problems(parallel)
+
+
+def _overlap_problems(parallel: ParallelConfig) -> list[str]:
+    """Return what overlap_param_gather lacks: sharded updates, and buckets to gather them by."""
+    if not parallel.overlap_param_gather:
+        return []
+    return [
+        f"parallel.overlap_param_gather=True gathers {what}, but parallel.{key}=False; "
+        f"set parallel.{key}=true, or overlap_param_gather=false"
+        for key, what in (
+            ("use_distributed_optimizer", "parameters that ranks have updated in shards"),
+            ("overlap_grad_reduce", "the buckets of the gradient reduction"),
+        )
+        if not getattr(parallel, key)
+    ]
 
 
 def tensor_split_problems(sizes: dict[str, int], tp: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Collectives over parts of different lengths, which gloo refuses: padded to the longest, cut after.
+"""Collectives over parts of different lengths, which gloo refuses: padded to the longest, then cut.
 
 Exact: what is added up is added up in the same order, and padding never reaches a result. They
 stand in for the two functions of megatron-core's `tensor_parallel/mappings.py` that tensor

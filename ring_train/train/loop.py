@@ -21,6 +21,7 @@ from ring_train.runtime.distributed import Groups
 from ring_train.runtime.logs import progress_bar
 from ring_train.train.evaluation import evaluate
 from ring_train.train.metrics import MetricsWriter, load_figures, step_metrics
+from ring_train.train.optimizer import gather_parameters
 from ring_train.train.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class Trainer:
 
     def _save(self, state: TrainState) -> None:
         state = replace(state, ledger=self._ledger())
+        gather_parameters(self.model)
         self.checkpoints.save(state, self.model, self.optimizer)
 
     def _ledger(self) -> Ledger:
@@ -178,6 +180,7 @@ class Trainer:
 
     def _validate(self, step: int) -> None:
         started = time.monotonic()
+        gather_parameters(self.model)
         losses = evaluate(self.model, self.batches, self.groups, step - 1)
         self.logged_at += time.monotonic() - started
         if self.writer is not None:

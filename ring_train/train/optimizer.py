@@ -52,6 +52,18 @@ def attach_schedule_callbacks(
     config.finalize_model_grads_func = partial(_finalize, groups=groups)
 
 
+@torch.no_grad()
+def gather_parameters(model: list[DistributedDataParallel]) -> None:
+    """Make all parameters current. Collective over the data-parallel ranks.
+
+    With `parallel.overlap_param_gather` a step leaves each rank with the shard that it updated; the
+    rest follows during the next forward. Call this before parameters are read in another way.
+    """
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def _finalize(
     model: list[DistributedDataParallel],
     num_tokens: torch.Tensor | None = None,

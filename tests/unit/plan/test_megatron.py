@@ -99,5 +99,14 @@ def test_optimizer_and_ddp_follow_the_plan() -> None:
     assert optimizer.bf16
     assert optimizer.decoupled_weight_decay
     assert (optimizer.lr, optimizer.adam_beta2, optimizer.clip_grad) == (3e-3, 0.95, 1.0)
+    assert (ddp.overlap_grad_reduce, ddp.overlap_param_gather) == (False, False)
     assert ddp.grad_reduce_in_fp32
     assert not ddp.average_in_collective
+
+
+def test_overlap_reaches_optimizer_and_ddp() -> None:
+    words = ["overlap_grad_reduce=true", "overlap_param_gather=true"]
+    plan = make_plan(tiny("parallel=dp_sharded", *[f"parallel.{word}" for word in words]), 2)
+    optimizer, ddp = make_optimizer_config(plan), make_ddp_config(plan)
+    assert (ddp.overlap_grad_reduce, ddp.overlap_param_gather) == (True, True)
+    assert optimizer.overlap_param_gather

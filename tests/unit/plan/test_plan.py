@@ -83,6 +83,18 @@ def test_degrees_multiply_to_the_world(tp: int, pp: int, ep: int, times: int) ->
         (2, ["parallel=tp2", "model.hidden_size=63"], "model.hidden_size=63 is not divisible by"),
         (2, ["parallel=tp2", "model.ffn_hidden_size=9"], "model.ffn_hidden_size=9 is not"),
         (2, ["parallel=tp2", "parallel.sequence_parallel=false"], "MoE layers under tensor"),
+        (
+            2,
+            ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+            "parallel.overlap_param_gather=True gathers parameters that ranks have updated in "
+            "shards, but parallel.use_distributed_optimizer=False; set parallel.use_distributed_",
+        ),
+        (
+            2,
+            ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=true"],
+            "parallel.overlap_param_gather=True gathers the buckets of the gradient reduction, but "
+            "parallel.overlap_grad_reduce=False; set parallel.overlap_grad_reduce=true, or",
+        ),
         (1, ["parallel.sequence_parallel=true"], "parallel.sequence_parallel=True shards over"),
         (1, ["model.group_norm_size=3"], "model.num_attention_heads=4 is not divisible by model.g"),
         (
