@@ -155,6 +155,7 @@ class Checkpointer:
             raise_first(_problem(save, save.committed.exception()))
         except CheckpointError:
             save.abandon()
+            torch.distributed.barrier()
             raise
 
     def restore_or_init(self, model: Model, optimizer: MegatronOptimizer) -> TrainState:

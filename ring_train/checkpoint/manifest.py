@@ -230,18 +230,19 @@ def find_checkpoint(folder: Path) -> Path:
     """Return the folder of a checkpoint: `folder`, or the newest one of a run folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     if (folder / MANIFEST_FILE).is_file():
         read_manifest(folder)
         return folder
-    complete = whole_steps(folder / "checkpoints")
-    if not complete:
+    checkpoints = folder / "checkpoints"
+    newest = newest_step(checkpoints) if whole_steps(checkpoints) else None
+    if newest is None:
         raise CheckpointError(
             f"checkpoint={folder} is neither a complete checkpoint nor a run folder with one; "
             "name RUN_DIR or RUN_DIR/checkpoints/step_00000100"
         )
-    return step_path(folder / "checkpoints", complete[-1])
+    return step_path(checkpoints, newest)
 
 
 def step_path(folder: Path, step: int) -> Path:

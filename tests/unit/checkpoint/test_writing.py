@@ -1,0 +1,193 @@
+"""Writing in the background: what is committed when, and what is left of what fails."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ring_train.checkpoint import CheckpointError, writing
+from ring_train.checkpoint.files import write_tensors
+from ring_train.checkpoint.manifest import read_manifest, step_path, whole_steps
+from ring_train.checkpoint.reading import tensor_digests
+from ring_train.checkpoint.tensors import Held
+from ring_train.checkpoint.writing import Save, SaveJob, prepare_folder, snapshot, write_rank
+from ring_train.model.tensors import Shard
+
+SOON_S = 20.0
+A_WHILE_S = 0.2
+SMALL_FILES = {"config.yaml": "a: 1\n", "train_state.json": "{}"}
+
+
+def job(folder: Path, rank: int, world_size: int, *, step: int = 1, nonce: str = "a") -> SaveJob:
+    """Return what a rank saves of a tensor of which each rank has a row."""
+    row = torch.arange(3.0) + 10 * rank
+    shard = Shard(dim=0, world=world_size, rank=rank)
+    held = Held("weight/a", row, 0, (1, 3), shard, is_written=True)
+    tensors, values = snapshot([held], rank)
+    return SaveJob(
+        folder=folder,
+        step=step,
+        rank=rank,
+        world_size=world_size,
+        nonce=nonce,
+        tensors=tensors,
+        values=values,
+        small_files=SMALL_FILES,
+        saved_by={"world_size": world_size},
+        keep=None,
+    )
+
+
+def exception(future: Future[None]) -> BaseException | None:
+    return future.exception(timeout=SOON_S)
+
+
+def test_files_are_safetensors_that_the_library_reads(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "half": torch.randn(5).bfloat16(),
+        "single": torch.randn(2, 3),
+        "double": torch.randn(1, 1, 1, dtype=torch.float64),
+    }
+    record = write_tensors(tmp_path / "a.safetensors", tensors)
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].equal(tensor)
+    assert record.num_bytes == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_a_checkpoint_appears_when_all_ranks_have_written(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    first = Save(job(tmp_path, 0, 2))
+    assert exception(first.written) is None
+    time.sleep(A_WHILE_S)
+    assert not first.committed.done()
+    assert whole_steps(tmp_path) == []
+    second = Save(job(tmp_path, 1, 2))
+    assert exception(second.written) is None
+    assert exception(first.committed) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000001"}
+    folder = step_path(tmp_path, 1)
+    assert {path.name for path in folder.iterdir()} == {
+        *("rank_00000.safetensors", "rank_00001.safetensors"),
+        *("config.yaml", "train_state.json", "manifest.json"),
+    }
+    manifest = read_manifest(folder)
+    assert manifest.tensors["weight/a"].shape == (2, 3)
+    prepare_folder(tmp_path, 2, 0)
+    alone = job(tmp_path, 0, 1, step=2)
+    whole = Held("weight/a", torch.tensor([0.0, 1, 2, 10, 11, 12]), 0, (2, 3), Shard(0, 1, 0), True)
+    tensors, values = snapshot([whole], 0)
+    assert exception(Save(replace(alone, tensors=tensors, values=values)).committed) is None
+    other = step_path(tmp_path, 2)
+    assert tensor_digests(folder, manifest) == tensor_digests(other, read_manifest(other))
+
+
+def test_what_another_save_has_left_does_not_count(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    write_rank(job(tmp_path, 1, 2, nonce="another"))
+    first = Save(job(tmp_path, 0, 2))
+    assert exception(first.written) is None
+    time.sleep(A_WHILE_S)
+    assert not first.committed.done()
+    write_rank(job(tmp_path, 1, 2))
+    assert exception(first.committed) is None
+    assert whole_steps(tmp_path) == [1]
+
+
+def test_nothing_is_left_of_an_abandoned_save(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    first = Save(job(tmp_path, 0, 2))
+    assert exception(first.written) is None
+    first.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_do_not_make_the_tensor_are_never_committed(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    twice = job(tmp_path, 0, 2)
+    write_rank(replace(twice, rank=1))
+    error = exception(Save(twice).committed)
+    assert isinstance(error, AssertionError)
+    assert "overlap" in str(error)
+    assert whole_steps(tmp_path) == []
+
+
+def test_leftovers_go_when_the_next_save_begins(tmp_path: Path) -> None:
+    for name in ("step_00000001.partial", "step_00000007.partial", "step_00000003"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank_00000.json").write_text("{}")
+    prepare_folder(tmp_path, 7, 0)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["step_00000003", "step_00000003/rank_00000.json", "step_00000007.partial"]
+
+
+def test_a_damaged_folder_gives_way_to_the_checkpoint_of_its_step(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    (step_path(tmp_path, 1)).mkdir()
+    (step_path(tmp_path, 1) / "old").touch()
+    assert exception(Save(job(tmp_path, 0, 1)).committed) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert whole_steps(tmp_path) == [1]
+
+
+def test_a_disk_that_is_too_full_is_refused_with_both_figures(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    needed = 10**18
+    with pytest.raises(
+        CheckpointError, match=rf"needs {needed} bytes, but \d{{{len(str(free))}}} "
+    ):
+        prepare_folder(tmp_path, 1, needed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=r"step_00000001 could not be saved \(File exists\)"):
+        prepare_folder(tmp_path / "checkpoints", 1, 0)
+
+
+def test_a_full_disk_while_writing_is_reported_by_the_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    (tmp_path / "step_00000001.partial" / "rank_00000.safetensors").symlink_to("/dev/full")
+    save = Save(job(tmp_path, 0, 1))
+    error = exception(save.written)
+    assert isinstance(error, OSError)
+    assert "No space left on device" in writing.save_problem(save.job.target, error)
+    save.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_on_the_disk_before_they_are_relied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is synced before the folder that names it, and that before the rename counts."""
+    calls: list[str] = []
+    sync_folder, write = writing.sync_folder, writing.write_durably
+
+    def spy_sync(folder: Path) -> None:
+        calls.append(f"sync {folder.name}")
+        sync_folder(folder)
+
+    def spy_write(path: Path, chunks: list[bytes]) -> object:
+        calls.append(path.name)
+        return write(path, chunks)
+
+    monkeypatch.setattr(writing, "sync_folder", spy_sync)
+    monkeypatch.setattr(writing, "write_durably", spy_write)
+    prepare_folder(tmp_path, 1, 0)
+    write_rank(job(tmp_path, 0, 1))
+    writing.commit(job(tmp_path, 0, 1), threading.Event())
+    assert calls[-3:] == ["manifest.json", "sync step_00000001.partial", f"sync {tmp_path.name}"]
