@@ -4,6 +4,8 @@ Gradients in fp64, for the reasons of test_gradients. The stack has six layers o
 a layer under a wrong number would decay, route or draw its weights differently.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.parallel.short_runs import (
     short_plan,
 )
 from tests.parallel.test_gradients import GRADIENT_TOLERANCE, LOSS_TOLERANCE, SMALLEST_MARGIN
+from tests.parallel.test_resume import run_until
 from tests.parallel.test_training_layouts import FIGURES, reference_run, train
 from tests.parallel.test_training_layouts import LOSS_TOLERANCE as TOLERANCE
 
@@ -111,3 +114,72 @@ def test_training_matches_one_rank(
         for key in FIGURES:
             found = figures[key]
             assert found == pytest.approx(expected[key][:NUM_STEPS], abs=TOLERANCE, rel=0), key
+
+
+EVERYTHING = [
+    *(*PP2, *VPP2, *EP2, *DISTRIBUTED_OPTIMIZER, "train.micro_batch_size=1"),
+    *("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
+    *("parallel.recompute_granularity=full", "parallel.recompute_method=block"),
+    "parallel.recompute_num_layers=1",
+]
+PHASES = ["phases.a.num_steps=2", "phases.b.num_steps=18", "phases.b.rotary_base=50.0"]
+
+
+def test_a_run_of_interleaved_chunks_logs_what_one_rank_logs(
+    on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    alone = on_ranks(1, run_until, tmp_path / "alone", 4, PHASES)[0]
+    chunks = on_ranks(4, run_until, tmp_path / "chunks", 4, [*PHASES, *EVERYTHING])[0]
+    records = [
+        [json.loads(line) for line in run["metrics"].splitlines()] for run in (alone, chunks)
+    ]
+    assert len(records[0]) == 4
+    assert {"router_layer/max_over_mean/4", "router_layer/max_over_mean/5"} <= records[0][0].keys()
+    for expected, found in zip(*records, strict=True):
+        assert found == pytest.approx(expected, abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_of_interleaved_chunks_resumes_bit_equal(
+    precision: str, on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    overrides = [*PHASES, *EVERYTHING, f"train.precision={precision}"]
+    whole = on_ranks(4, run_until, tmp_path / "whole", 3, overrides)
+    on_ranks(4, run_until, tmp_path / "cut", 1, overrides)
+    assert on_ranks(4, run_until, tmp_path / "cut", 3, overrides) == whole
+
+
+def losses_around_a_step(overrides: list[str]) -> list[float]:
+    """Return the validation loss, the losses of a training step, and the validation loss again."""
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.evaluation import evaluate
+    from ring_train.train.optimizer import build_optimizer
+    from ring_train.train.step import train_step
+    from tests.parallel.short_runs import SyntheticBatches
+    from tests.parallel.streams import make_micro_batches
+
+    class HeldOut(SyntheticBatches):
+        domains = ("only",)
+
+        def validation(self, domain: str, dp_rank: int, step: int) -> list[Any]:
+            return make_micro_batches(self.plan, 7, dp_rank)
+
+    plan = short_plan(overrides)
+    with start_runtime(plan) as groups:
+        model = build_model(plan, groups.collection)
+        optimizer = build_optimizer(plan, model, groups.collection)
+        batches: Any = HeldOut(plan)
+        rows = make_micro_batches(plan, 0, groups.dp_rank)
+        before = evaluate(model, batches, groups, 0)
+        result = train_step(plan, model, optimizer, rows, groups.collection, step=9, num_domains=1)
+        after = evaluate(model, batches, groups, 0)
+        losses = [float(result.sums.lm_loss), *result.sums.mtp_means().tolist()]
+        return [before["valid_loss/only"], *losses, after["valid_loss/only"]]
+
+
+def test_validation_of_interleaved_chunks_matches_one_rank(on_ranks: OnRanks) -> None:
+    expected = on_ranks(1, losses_around_a_step, [])[0]
+    assert expected[0] - expected[-1] > 0.01, "the step must change the loss"
+    for losses in on_ranks(4, losses_around_a_step, EVERYTHING):
+        assert losses == pytest.approx(expected, abs=TOLERANCE, rel=0)

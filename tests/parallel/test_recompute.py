@@ -45,9 +45,14 @@ KINDS = {
         *([*FULL, "parallel.recompute_method=block", "parallel.recompute_num_layers=1"],),
         {"layer": 3},
     ),
+    "core_attn": (selective("core_attn"), {"core_attn": 4}),
     "mlp": (selective("mlp"), {"mlp": 1}),
     "moe": (selective("moe"), {"moe": 5, "shared_experts": 5}),
     "shared_experts": (selective("shared_experts"), {"shared_experts": 5}),
+    "all_parts": (
+        *(selective("core_attn", "mlp", "moe", "shared_experts"),),
+        {"core_attn": 4, "mlp": 41, "moe": 5, "shared_experts": 10},
+    ),
     "mlp_and_moe": (selective("mlp", "moe"), {"mlp": 41, "moe": 5, "shared_experts": 5}),
     "moe_and_shared_experts": (
         *(selective("moe", "shared_experts"),),
@@ -122,7 +127,7 @@ def test_selective_recomputation_under_a_layout_matches_one_rank(
     fp64: None, on_ranks: OnRanks
 ) -> None:
     reference = on_ranks(1, gradients_by_name, BASE)[0]
-    overrides = [*TP2, *PP2, *VPP2, *EP2, *selective("mlp", "moe")]
+    overrides = [*TP2, *PP2, *VPP2, *EP2, *selective("core_attn", "mlp", "moe")]
     for result in on_ranks(4, gradients_by_name, [*BASE, *overrides]):
         assert result["losses"] == pytest.approx(reference["losses"], abs=LOSS_TOLERANCE, rel=0)
         errors = relative_errors(result["gradients"], reference["gradients"])
