@@ -1,6 +1,7 @@
-"""A run that stops and resumes is the uninterrupted run, bit for bit: metrics, weights, moments."""
+"""A run that stops and resumes is the uninterrupted run, bit for bit: metrics and whole state."""
 
-import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,24 @@ from tests.parallel.short_runs import (
     SyntheticBatches,
     short_plan,
 )
+from tests.parallel.test_checkpoint_layouts import BF16, CP2, PP2_VPP2, digests
 
-NUM_STEPS = 10
-BF16 = ["train.precision=bf16"]
+NUM_STEPS = 12
+CUT, END = 2, 4
 LAYOUTS = {
     "tp2_sp": (2, TP2),
     "pp2": (2, PP2),
-    "ep2": (2, EP2),
+    "pp2_vpp2": (2, PP2_VPP2),
+    "cp2": (2, CP2),
     "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "ep2_distributed_optimizer_bf16": (2, [*EP2, *DISTRIBUTED_OPTIMIZER, *BF16]),
     "bf16": (1, BF16),
 }
+EVERY_STEP = ["checkpoint.interval_steps=1", "checkpoint.keep=null"]
 
 
-def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, str]:
-    """Resume the run folder from nothing but its files, train until a step, save.
-
-    Returns what every step so far has logged, and digests of the state after the last one.
-    """
+def run_until(run_dir: Path, stop: int, overrides: list[str]) -> None:
+    """Resume the run folder from nothing but its files, train until a step, save."""
     from ring_train.checkpoint import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
@@ -51,51 +52,33 @@ def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, str]:
         batches: Any = SyntheticBatches(plan)
         trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups)
         assert trainer.train(state).step == stop
-        return {
-            "metrics": (run_dir / "metrics.jsonl").read_text() if groups.rank == 0 else "",
-            **digests(model, optimizer),
-        }
+        assert checkpoints.steps()[-1] == stop
 
 
-def digests(model: Any, optimizer: Any) -> dict[str, str]:
-    """Return digests of all weights, expert biases, fp32 masters and moments of this rank."""
-    import torch
-
-    from ring_train.model.tensors import local_tensors
-
-    parts = optimizer.chained_optimizers
-    masters = [p for part in parts for group in part.param_groups for p in group["params"]]
-    states = [state for part in parts for state in part.optimizer.state.values()]
-    moments = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
-    assert len(moments) == 2 * len(masters) > 0
-    assert {x.dtype for x in moments + masters} == {torch.float32}
-    return {
-        "weights": digest(item.tensor for item in local_tensors(model)),
-        "masters": digest(masters),
-        "moments": digest(moments),
-    }
+def run_in_pieces(run_dir: Path) -> None:
+    """Stop after every step."""
+    for stop in range(1, NUM_STEPS + 1):
+        run_until(run_dir, stop, ["checkpoint.keep=null"])
 
 
-def digest(tensors: Any) -> str:
-    import torch
-
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def run_in_pieces(run_dir: Path) -> list[dict[str, str]]:
-    """Stop after every step; return what each of the runs leaves."""
-    return [run_until(run_dir, stop, []) for stop in range(1, NUM_STEPS + 1)]
+def state_at(run_dir: Path, step: int) -> dict[str, Any]:
+    """Return everything that a checkpoint says of the state of a run."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    return digests(run_dir, step) | json.loads((folder / "train_state.json").read_text())
 
 
 def test_a_stop_after_every_step_changes_nothing(on_ranks: OnRanks, tmp_path: Path) -> None:
-    pieces = on_ranks(1, run_in_pieces, tmp_path / "pieces")[0]
-    whole = on_ranks(1, run_until, tmp_path / "whole", NUM_STEPS, [])[0]
-    assert pieces[-1] == whole
-    assert whole["metrics"].count("\n") == NUM_STEPS
-    assert len({piece["weights"] for piece in pieces}) == NUM_STEPS
+    pieces, whole = tmp_path / "pieces", tmp_path / "whole"
+    on_ranks(1, run_in_pieces, pieces)
+    on_ranks(1, run_until, whole, NUM_STEPS, EVERY_STEP)
+    states = [state_at(whole, step) for step in range(1, NUM_STEPS + 1)]
+    assert [state_at(pieces, step) for step in range(1, NUM_STEPS + 1)] == states
+    assert states[0]["step"] == states[0]["optimizer_step"] == 1
+    for key in ("weight/decoder.final_layernorm.weight", "exp_avg/output_layer.weight"):
+        assert len({state[key] for state in states}) == NUM_STEPS
+    metrics = (whole / "metrics.jsonl").read_text()
+    assert (pieces / "metrics.jsonl").read_text() == metrics
+    assert metrics.count("\n") == NUM_STEPS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -103,6 +86,11 @@ def test_resume_is_bit_equal_under_every_layout(
     layout: str, on_ranks: OnRanks, tmp_path: Path
 ) -> None:
     ranks, overrides = LAYOUTS[layout]
-    whole = on_ranks(ranks, run_until, tmp_path / "whole", 4, overrides)
-    on_ranks(ranks, run_until, tmp_path / "cut", 2, overrides)
-    assert on_ranks(ranks, run_until, tmp_path / "cut", 4, overrides) == whole
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    on_ranks(ranks, run_until, whole, END, [*overrides, *EVERY_STEP])
+    shutil.copytree(whole, cut)
+    for step in range(CUT + 1, END + 1):
+        shutil.rmtree(cut / "checkpoints" / f"step_{step:08d}")
+    on_ranks(ranks, run_until, cut, END, overrides)
+    assert state_at(cut, END) == state_at(whole, END) != state_at(whole, CUT)
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
