@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,7 @@ class Checkpointer:
         def begin() -> str | None:
             if state.step in self.steps():
                 return None
-            prepare_folder(self.folder, state.step, int(needed))
-            return secrets.token_hex(16)
+            return prepare_folder(self.folder, state.step, int(needed))
 
         nonce = from_rank_0(begin)
         if nonce is None:

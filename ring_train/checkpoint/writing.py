@@ -1,15 +1,16 @@
 """Writing a checkpoint in the background: each rank its file, rank 0 the manifest and the rename.
 
-A save is a folder `step_00000100.partial` until everything in it is on the disk. Each rank writes
-`rank_00000.safetensors`, then `rank_00000.json` with what is in it; rank 0 waits for those of all
-ranks, writes manifest.json and renames the folder. Nothing here is collective: threads must not
-talk over process groups that the training step uses.
+A save is a folder `step_00000100.NONCE.partial` until everything in it is on the disk. Each rank
+writes `rank_00000.safetensors`, then `rank_00000.json` with what is in it; rank 0 waits for those
+of all ranks, writes manifest.json and renames the folder. Nothing here is collective: threads must
+not talk over process groups that the training step uses.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -58,7 +59,7 @@ class SaveJob:
     rank: int
     world_size: int
     nonce: str
-    """The same on all ranks and never again, so that leftovers of another save do not count."""
+    """The same on all ranks and never again: ranks of a dead job cannot write into this save."""
     tensors: Mapping[str, StoredTensor]
     values: Mapping[str, torch.Tensor]
     """By name in the file."""
@@ -75,12 +76,12 @@ class SaveJob:
     @property
     def partial(self) -> Path:
         """Where it is written."""
-        return partial_path(self.target)
+        return partial_path(self.target, self.nonce)
 
 
-def partial_path(target: Path) -> Path:
+def partial_path(target: Path, tag: str) -> Path:
     """Return the name of a checkpoint that is not complete yet, or not any more."""
-    return target.with_name(target.name + PARTIAL_SUFFIX)
+    return target.with_name(f"{target.name}.{tag}{PARTIAL_SUFFIX}")
 
 
 def snapshot(
@@ -144,7 +145,7 @@ def write_rank(job: SaveJob) -> None:
     if job.values:
         name = f"rank_{job.rank:05d}.safetensors"
         files[name] = asdict(write_tensors(job.partial / name, job.values))
-    record = {"nonce": job.nonce, "files": files, "tensors": tensors_record(job.tensors)}
+    record = {"files": files, "tensors": tensors_record(job.tensors)}
     path = _rank_file(job, job.rank)
     unnamed = path.with_suffix(".tmp")
     write_durably(unnamed, [json.dumps(record).encode()])
@@ -180,7 +181,7 @@ def commit(job: SaveJob, abandoned: threading.Event) -> None:
     sync_folder(job.partial)
     if job.target.exists():
         # It is damaged: `save` does not begin where a whole checkpoint is.
-        aside = partial_path(job.target.with_name(f"{job.target.name}.damaged"))
+        aside = partial_path(job.target, "damaged")
         job.target.rename(aside)
         shutil.rmtree(aside)
     job.partial.rename(job.target)
@@ -191,22 +192,12 @@ def commit(job: SaveJob, abandoned: threading.Event) -> None:
 
 def _wait_for_ranks(job: SaveJob, abandoned: threading.Event) -> list[dict[str, Any]] | None:
     """Return what the ranks have written, None if the save was abandoned."""
-    records = []
-    for rank in range(job.world_size):
-        path = _rank_file(job, rank)
-        while not (record := _record_of(path, job.nonce)):
+    paths = [_rank_file(job, rank) for rank in range(job.world_size)]
+    for path in paths:
+        while not path.exists():
             if abandoned.wait(POLL_S):
                 return None
-        records.append(record)
-    return records
-
-
-def _record_of(path: Path, nonce: str) -> dict[str, Any] | None:
-    """Return what a rank has written in the save of this nonce, if it has."""
-    if not path.exists():
-        return None
-    record = json.loads(path.read_bytes())
-    return record if record["nonce"] == nonce else None
+    return [json.loads(path.read_bytes()) for path in paths]
 
 
 def retain(folder: Path, keep: int | None) -> None:
@@ -214,17 +205,20 @@ def retain(folder: Path, keep: int | None) -> None:
     for step in whole_steps(folder)[:-keep] if keep else []:
         path = step_path(folder, step)
         # No half removed folder is ever named like a checkpoint.
-        path.rename(partial_path(path))
-        shutil.rmtree(partial_path(path))
+        aside = partial_path(path, "removed")
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
-def prepare_folder(folder: Path, step: int, needed_bytes: int) -> None:
-    """Make the folder that all ranks write to, without what interrupted saves have left.
+def prepare_folder(folder: Path, step: int, needed_bytes: int) -> str:
+    """Make the folder that all ranks write to, remove what interrupted saves have left.
+
+    Returns the nonce of the save.
 
     Raises:
         CheckpointError: the disk is too full, or cannot be written.
     """
-    partial = partial_path(step_path(folder, step))
+    target, nonce = step_path(folder, step), secrets.token_hex(4)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
@@ -232,18 +226,19 @@ def prepare_folder(folder: Path, step: int, needed_bytes: int) -> None:
         free_bytes = shutil.disk_usage(folder).free
         if needed_bytes > free_bytes:
             raise CheckpointError(
-                f"{partial.with_suffix('')} needs {needed_bytes} bytes, but {free_bytes} are free; "
+                f"{target} needs {needed_bytes} bytes, but {free_bytes} are free; "
                 "make room, or lower checkpoint.keep"
             )
-        partial.mkdir()
+        partial_path(target, nonce).mkdir()
     except OSError as error:
-        raise CheckpointError(save_problem(partial, error)) from error
+        raise CheckpointError(save_problem(target, error)) from error
+    return nonce
 
 
-def save_problem(path: Path, error: BaseException) -> str:
+def save_problem(target: Path, error: BaseException) -> str:
     """Return the message for a save that failed."""
     what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return (
-        f"{path.with_suffix('')} could not be saved ({what}); the checkpoints before it are whole: "
+        f"{target} could not be saved ({what}); the checkpoints before it are whole: "
         "make room or repair the disk and resume"
     )

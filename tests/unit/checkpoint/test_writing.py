@@ -26,8 +26,12 @@ A_WHILE_S = 0.2
 SMALL_FILES = {"config.yaml": "a: 1\n", "train_state.json": "{}"}
 
 
-def job(folder: Path, rank: int, world_size: int, *, step: int = 1, nonce: str = "a") -> SaveJob:
-    """Return what a rank saves of a tensor of which each rank has a row."""
+def job(folder: Path, rank: int, world_size: int, *, step: int = 1) -> SaveJob:
+    """Return what a rank saves of a tensor of which each rank has a row.
+
+    The save has been prepared.
+    """
+    (partial,) = folder.glob(f"step_{step:08d}.*.partial")
     row = torch.arange(3.0) + 10 * rank
     shard = Shard(dim=0, world=world_size, rank=rank)
     held = Held("weight/a", row, 0, (1, 3), shard, is_written=True)
@@ -37,7 +41,7 @@ def job(folder: Path, rank: int, world_size: int, *, step: int = 1, nonce: str =
         step=step,
         rank=rank,
         world_size=world_size,
-        nonce=nonce,
+        nonce=partial.suffixes[0][1:],
         tensors=tensors,
         values=values,
         small_files=SMALL_FILES,
@@ -93,9 +97,12 @@ def test_a_checkpoint_appears_when_all_ranks_have_written(tmp_path: Path) -> Non
     assert tensor_digests(folder, manifest) == tensor_digests(other, read_manifest(other))
 
 
-def test_what_another_save_has_left_does_not_count(tmp_path: Path) -> None:
+def test_a_rank_of_a_dead_job_cannot_write_into_a_later_save(tmp_path: Path) -> None:
     prepare_folder(tmp_path, 1, 0)
-    write_rank(job(tmp_path, 1, 2, nonce="another"))
+    straggler = job(tmp_path, 1, 2)
+    prepare_folder(tmp_path, 1, 0)
+    with pytest.raises(FileNotFoundError):
+        write_rank(straggler)
     first = Save(job(tmp_path, 0, 2))
     assert exception(first.written) is None
     time.sleep(A_WHILE_S)
@@ -124,12 +131,13 @@ def test_parts_that_do_not_make_the_tensor_are_never_committed(tmp_path: Path) -
 
 
 def test_leftovers_go_when_the_next_save_begins(tmp_path: Path) -> None:
-    for name in ("step_00000001.partial", "step_00000007.partial", "step_00000003"):
+    for name in ("step_00000001.removed.partial", "step_00000007.a.partial", "step_00000003"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank_00000.json").write_text("{}")
-    prepare_folder(tmp_path, 7, 0)
+    nonce = prepare_folder(tmp_path, 7, 0)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["step_00000003", "step_00000003/rank_00000.json", "step_00000007.partial"]
+    new = f"step_00000007.{nonce}.partial"
+    assert left == ["step_00000003", "step_00000003/rank_00000.json", new]
 
 
 def test_a_damaged_folder_gives_way_to_the_checkpoint_of_its_step(tmp_path: Path) -> None:
@@ -161,8 +169,9 @@ def test_a_full_disk_while_writing_is_reported_by_the_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_folder(tmp_path, 1, 0)
-    (tmp_path / "step_00000001.partial" / "rank_00000.safetensors").symlink_to("/dev/full")
-    save = Save(job(tmp_path, 0, 1))
+    mine = job(tmp_path, 0, 1)
+    (mine.partial / "rank_00000.safetensors").symlink_to("/dev/full")
+    save = Save(mine)
     error = exception(save.written)
     assert isinstance(error, OSError)
     assert "No space left on device" in writing.save_problem(save.job.target, error)
@@ -188,6 +197,7 @@ def test_names_are_on_the_disk_before_they_are_relied_on(
     monkeypatch.setattr(writing, "sync_folder", spy_sync)
     monkeypatch.setattr(writing, "write_durably", spy_write)
     prepare_folder(tmp_path, 1, 0)
-    write_rank(job(tmp_path, 0, 1))
-    writing.commit(job(tmp_path, 0, 1), threading.Event())
-    assert calls[-3:] == ["manifest.json", "sync step_00000001.partial", f"sync {tmp_path.name}"]
+    mine = job(tmp_path, 0, 1)
+    write_rank(mine)
+    writing.commit(mine, threading.Event())
+    assert calls[-3:] == ["manifest.json", f"sync {mine.partial.name}", f"sync {tmp_path.name}"]
