@@ -102,6 +102,7 @@ def _mesh_rows(plan: Plan) -> list[Row]:
         ("sharding", chosen),
         ("recomputed", _recomputed(parallel)),
         *_named("stages", (_stage(plan, i) for i in range(len(plan.pipeline.stages)))),
+        *_busiest_rank(plan),
     ]
 
 
@@ -134,6 +135,15 @@ def _stage(plan: Plan, stage: int) -> str:
     mean = sum(pipeline.stage_flops) / len(pipeline.stage_flops)
     cost = f"{pipeline.stage_flops[stage] / mean:.2f} of the mean cost"
     return f"{where}: {', '.join(parts)}  ({len(indices)}, {cost})"
+
+
+def _busiest_rank(plan: Plan) -> list[Row]:
+    """Return what the busiest rank computes, where ranks hold several stages."""
+    if plan.mesh.vpp == 1:
+        return []
+    flops = plan.pipeline.rank_flops(plan.mesh.pp)
+    share = max(flops) * len(flops) / sum(flops)
+    return [("", f"busiest: rank {flops.index(max(flops))}, {share:.2f} of the mean cost")]
 
 
 def _batch_rows(plan: Plan) -> list[Row]:

@@ -42,6 +42,24 @@ def test_the_table_shows_what_a_reader_asks_for(capsys: pytest.CaptureFixture[st
     assert max(len(line) for line in shown.splitlines()) <= 120
 
 
+def test_the_table_shows_chunks_recomputation_and_overlap(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["model=ring_mini_linear_2_0", "parallel=pp2", "parallel.overlap_grad_reduce=true"]
+    words += ["parallel.virtual_pipeline_model_parallel_size=2"]
+    words += ["parallel.recompute_granularity=full", "parallel.recompute_method=block"]
+    assert main([*words, "parallel.recompute_num_layers=2"]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "rank 0 chunk 1: layers 9-19  (11, 1.29 of the mean cost)",
+        "rank 1 chunk 1: no layers, output, 1 MTP  (0, 1.65 of the mean cost)",
+        "busiest: rank 1, 1.00 of the mean cost",
+        "recomputed      the first 2 layers of each stage, and MTP",
+        "sharding        overlapped gradient reduction",
+    ):
+        assert part in shown
+
+
 def test_json_has_the_counts_at_the_top(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     assert main(["model=ring_mini_linear_2_0", f"json={path}"]) == 0

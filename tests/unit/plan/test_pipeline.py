@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_train.plan import PlanError, make_plan
@@ -31,6 +31,7 @@ def all_splits(layers: int, stages: int) -> list[list[int]]:
     ]
 
 
+@settings(deadline=None)
 @given(costs=COSTS, tail=st.integers(0, 200), pp=st.integers(1, 6), vpp=st.integers(1, 4))
 def test_every_layer_has_one_stage_and_no_split_is_worse_than_the_even_one(
     costs: list[int], tail: int, pp: int, vpp: int
@@ -45,6 +46,7 @@ def test_every_layer_has_one_stage_and_no_split_is_worse_than_the_even_one(
         assert max(stage_costs(counts, costs, tail)) <= max(stage_costs(even, costs, tail))
 
 
+@settings(deadline=None)
 @given(costs=SMALL_COSTS, tail=st.integers(0, 20), pp=st.integers(1, 3))
 def test_no_split_has_a_cheaper_busiest_stage_or_is_more_even(
     costs: list[int], tail: int, pp: int
@@ -57,6 +59,7 @@ def test_no_split_has_a_cheaper_busiest_stage_or_is_more_even(
     assert key(balanced_split(costs, tail, pp)) == best
 
 
+@settings(deadline=None)
 @given(costs=SMALL_COSTS, tail=st.integers(0, 20))
 def test_interleaving_keeps_the_busiest_stage_and_relieves_the_busiest_rank(
     costs: list[int], tail: int
@@ -66,6 +69,12 @@ def test_interleaving_keeps_the_busiest_stage_and_relieves_the_busiest_rank(
     before, after = stage_costs(plain, costs, tail), stage_costs(interleaved, costs, tail)
     assert max(after) == max(before)
     assert max(sum(after[::2]), sum(after[1::2])) <= max(sum(before[::2]), sum(before[1::2]))
+
+
+def test_the_rank_with_the_output_layer_has_fewer_layers_in_its_other_chunk() -> None:
+    assert balanced_split([2] * 9, 20, 4) == [3, 3, 3, 0]
+    first, second, third, last = balanced_split([2] * 9, 20, 2, 2)
+    assert (first + third, second, last) == (8, 1, 0)
 
 
 def test_equal_layers_split_evenly_and_the_rest_goes_to_earlier_stages() -> None:
