@@ -20,13 +20,14 @@ from tests.parallel.test_checkpoint_layouts import BF16, CP2, PP2_VPP2, digests
 
 NUM_STEPS = 12
 CUT, END = 2, 4
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "tp2_sp": (2, TP2),
     "pp2": (2, PP2),
     "pp2_vpp2": (2, PP2_VPP2),
     "cp2": (2, CP2),
     "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
-    "ep2_distributed_optimizer_bf16": (2, [*EP2, *DISTRIBUTED_OPTIMIZER, *BF16]),
+    "ep2_overlapped_bf16": (2, [*EP2, *DISTRIBUTED_OPTIMIZER, *BF16, *OVERLAP]),
     "bf16": (1, BF16),
 }
 EVERY_STEP = ["checkpoint.interval_steps=1", "checkpoint.keep=null"]
