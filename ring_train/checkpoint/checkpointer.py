@@ -8,11 +8,9 @@ for, so torch's generator of rank 0 stands for all.
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -24,6 +22,7 @@ from ring_train.checkpoint.identity import check_same_model, check_same_precisio
 from ring_train.checkpoint.manifest import (
     CONFIG_FILE,
     STATE_FILE,
+    Manifest,
     newest_step,
     read_manifest,
     step_path,
@@ -32,12 +31,13 @@ from ring_train.checkpoint.manifest import (
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks, raise_first
 from ring_train.checkpoint.reading import (
     Copy,
+    check_hashes,
     check_pieces,
     plan_copies,
     read_checked,
-    read_state,
     run_copies,
 )
+from ring_train.checkpoint.state import TrainState, read_state, state_text
 from ring_train.checkpoint.tensors import (
     Held,
     Moments,
@@ -52,29 +52,13 @@ from ring_train.checkpoint.writing import Save, SaveJob, prepare_folder, save_pr
 from ring_train.config import to_yaml
 from ring_train.model.tensors import Shard
 from ring_train.plan import Plan
+from ring_train.runtime.device import local_device
 
 logger = logging.getLogger(__name__)
 
 RNG_KEY = "rng/torch"
 """Kind and name of the state of torch's generator."""
-OPTIMIZER_STEP = "optimizer_step"
-"""Key of the state file: updates that were made, which bias correction depends on."""
-
 Model = list[DistributedDataParallel]
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands."""
-
-    step: int = 0
-    """Completed optimizer steps."""
-    consumed_samples: int = 0
-    """Rows of the global sample stream that were trained on."""
-    ledger: dict[str, dict[str, int]] = field(default_factory=dict)
-    """{phase: {domain: tokens}} that were trained on."""
-    mixture: list[dict[str, Any]] = field(default_factory=list)
-    """What the samples of each phase depend on, see `ring_train.data.mixture`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +66,7 @@ class _Resumed:
     """A checkpoint that was found right and is about to be copied."""
 
     state: TrainState
+    manifest: Manifest
     copies: list[Copy]
     moments: Moments
     optimizer_step: int
@@ -123,7 +108,7 @@ class Checkpointer:
         target = self.path(state.step)
         held = self._held(model, optimizer)
         sizes = [x.values.nbytes for x in held if x.is_written]
-        needed = torch.tensor(sum(sizes), device=held[0].values.device)
+        needed = torch.tensor(sum(sizes), device=local_device())
         torch.distributed.all_reduce(needed)
 
         def begin() -> str | None:
@@ -169,7 +154,8 @@ class Checkpointer:
         if step is None:
             return TrainState()
         folder = self.path(step)
-        resumed = on_all_ranks(lambda: self._check(folder, model, optimizer))
+        resumed = on_all_ranks(lambda: self._plan_restore(folder, model, optimizer))
+        _check_content(folder, resumed.manifest, resumed.copies)
         run_copies(folder, resumed.copies)
         set_state(optimizer, resumed.moments, resumed.optimizer_step)
         torch.set_rng_state(resumed.rng)
@@ -188,7 +174,6 @@ class Checkpointer:
         """Return what this rank writes, copied from what it holds."""
         config, rank = self.plan.config, torch.distributed.get_rank()
         tensors, values = snapshot([item for item in held if item.is_written], rank)
-        record = {**asdict(state), OPTIMIZER_STEP: num_updates}
         return SaveJob(
             folder=self.folder,
             step=state.step,
@@ -197,19 +182,18 @@ class Checkpointer:
             nonce=nonce,
             tensors=tensors,
             values=values,
-            small_files={CONFIG_FILE: to_yaml(config), STATE_FILE: json.dumps(record)},
+            small_files={CONFIG_FILE: to_yaml(config), STATE_FILE: state_text(state, num_updates)},
             saved_by={"world_size": self.plan.mesh.world_size, "parallel": asdict(config.parallel)},
             keep=config.checkpoint.keep,
         )
 
-    def _check(self, folder: Path, model: Model, optimizer: MegatronOptimizer) -> _Resumed:
-        """Return what to copy from a checkpoint, all of it found right; changes nothing."""
+    def _plan_restore(self, folder: Path, model: Model, optimizer: MegatronOptimizer) -> _Resumed:
+        """Return what to copy from a checkpoint of this run; changes nothing."""
         manifest = read_manifest(folder)
         read_checked(folder, manifest, CONFIG_FILE)
         check_same_model(folder / CONFIG_FILE, self.plan.config.model)
         check_same_precision(folder / CONFIG_FILE, self.plan.config.train)
-        record = read_state(folder, manifest)
-        num_updates = record.pop(OPTIMIZER_STEP)
+        state, num_updates = read_state(folder, manifest)
         moments = new_moments(optimizer) if num_updates else {}
         rng = torch.get_rng_state()
         wanted = [
@@ -218,8 +202,7 @@ class Checkpointer:
             _held_rng(rng),
         ]
         copies = plan_copies(folder, manifest, wanted, same_dtype=True)
-        check_pieces(folder, manifest, (copy.piece for copy in copies))
-        return _Resumed(TrainState(**record), copies, moments, num_updates, rng)
+        return _Resumed(state, manifest, copies, moments, num_updates, rng)
 
 
 def _held_rng(state: torch.Tensor) -> Held:
@@ -241,12 +224,23 @@ def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCol
             is as it was.
     """
 
-    def check() -> list[Copy]:
+    def plan_load() -> tuple[Manifest, list[Copy]]:
         manifest = read_manifest(folder)
         read_checked(folder, manifest, CONFIG_FILE)
         check_same_model(folder / CONFIG_FILE, plan.config.model)
-        copies = plan_copies(folder, manifest, held_weights(model, groups), same_dtype=False)
-        check_pieces(folder, manifest, (copy.piece for copy in copies))
-        return copies
+        weights = held_weights(model, groups)
+        return manifest, plan_copies(folder, manifest, weights, same_dtype=False)
 
-    run_copies(folder, on_all_ranks(check))
+    manifest, copies = on_all_ranks(plan_load)
+    _check_content(folder, manifest, copies)
+    run_copies(folder, copies)
+
+
+def _check_content(folder: Path, manifest: Manifest, copies: list[Copy]) -> None:
+    """Raise CheckpointError on all ranks unless the files hold what is to be copied.
+
+    Collective over all ranks, which share the reading.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    on_all_ranks(lambda: check_hashes(folder, manifest, rank, world_size))
+    on_all_ranks(lambda: check_pieces(folder, manifest, (copy.piece for copy in copies)))

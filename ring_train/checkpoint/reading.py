@@ -6,8 +6,7 @@ Everything is checked before the first element is copied. No collective, and not
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,32 +94,39 @@ def read_checked(folder: Path, manifest: Manifest, name: str) -> bytes:
     return content
 
 
-def read_state(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return train_state.json."""
-    return json.loads(read_checked(folder, manifest, STATE_FILE))
+def check_hashes(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> None:
+    """Raise CheckpointError unless this rank's share of the tensor files is what was written.
+
+    Together the ranks read every byte once.
+    """
+    names = sorted(manifest.files.keys() - {CONFIG_FILE, STATE_FILE})
+    for name in names[rank::world_size]:
+        try:
+            found = sha256_of_file(folder / name)
+        except OSError as error:
+            raise damaged(folder / name, f"cannot be read ({error})") from error
+        if found != manifest.files[name].sha256:
+            raise damaged(folder / name, "does not have the hash that the manifest states")
 
 
 def check_pieces(folder: Path, manifest: Manifest, pieces: Iterable[Piece]) -> None:
-    """Raise CheckpointError unless files hold these pieces and are what was written."""
+    """Raise CheckpointError unless files hold these pieces, by their headers."""
     dtypes = {
         (piece.file, piece.name): tensor.dtype
         for tensor in manifest.tensors.values()
         for piece in tensor.pieces
     }
-    for name, in_file in _by_file(pieces).items():
-        path = folder / name
+    by_file: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(piece.file, []).append(piece)
+    for name, in_file in by_file.items():
         try:
-            found = sha256_of_file(path)
-        except OSError as error:
-            raise damaged(path, f"cannot be read ({error})") from error
-        if found != manifest.files[name].sha256:
-            raise damaged(path, "does not have the hash that the manifest states")
-        try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(folder / name, framework="pt") as file:
                 for piece in in_file:
-                    _check_piece(path, file, piece, dtypes[name, piece.name])
-        except SafetensorError as error:
-            raise damaged(path, f"does not hold what the manifest states ({error})") from error
+                    _check_piece(folder / name, file, piece, dtypes[name, piece.name])
+        except (SafetensorError, OSError) as error:
+            relation = f"does not hold what the manifest states ({error})"
+            raise damaged(folder / name, relation) from error
 
 
 def _check_piece(path: Path, file: Any, piece: Piece, dtype: str) -> None:
@@ -128,13 +134,6 @@ def _check_piece(path: Path, file: Any, piece: Piece, dtype: str) -> None:
     found = (part.get_dtype(), tuple(part.get_shape()))
     if found != (dtype, piece.box.extent):
         raise damaged(path, f"holds {piece.name} as {found}, which the manifest does not state")
-
-
-def _by_file(pieces: Iterable[Piece]) -> Mapping[str, list[Piece]]:
-    by_file: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_file.setdefault(piece.file, []).append(piece)
-    return dict(sorted(by_file.items()))
 
 
 def check_whole(folder: Path, manifest: Manifest) -> None:
@@ -145,13 +144,14 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
         problem = tiling_problem(tensor.shape, (piece.box for piece in tensor.pieces))
         if problem:
             raise damaged(folder / MANIFEST_FILE, f"{key}: {problem}")
+    check_hashes(folder, manifest)
     pieces = (piece for tensor in manifest.tensors.values() for piece in tensor.pieces)
     check_pieces(folder, manifest, pieces)
 
 
 @torch.no_grad()
 def run_copies(folder: Path, copies: Iterable[Copy]) -> None:
-    """Fill the targets from files that `check_pieces` has found right."""
+    """Fill the targets from files that were found right."""
     by_file: dict[str, list[Copy]] = {}
     for copy in copies:
         by_file.setdefault(copy.piece.file, []).append(copy)

@@ -79,6 +79,13 @@ def test_every_changed_byte_of_a_manifest_is_seen(
     assert_refused(folder, "manifest.json")
 
 
+def test_another_spelling_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    path.write_text(path.read_text().replace(" ", "\t", 1))
+    assert_refused(tmp_path / "a", "manifest.json does not have the hash that it states")
+
+
 def test_a_cut_manifest_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a")
     path = tmp_path / "a" / "manifest.json"
