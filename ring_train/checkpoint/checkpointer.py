@@ -18,16 +18,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.checkpoint.errors import CheckpointError
+from ring_train.checkpoint.folders import newest_step, step_path, whole_steps
 from ring_train.checkpoint.identity import check_same_model, check_same_precision
-from ring_train.checkpoint.manifest import (
-    CONFIG_FILE,
-    STATE_FILE,
-    Manifest,
-    newest_step,
-    read_manifest,
-    step_path,
-    whole_steps,
-)
+from ring_train.checkpoint.manifest import CONFIG_FILE, STATE_FILE, Manifest, read_manifest
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks, raise_first
 from ring_train.checkpoint.reading import (
     Copy,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "train_state.json"
 FILE_NAME = re.compile(r"rank_\d{5,9}\.safetensors|config\.yaml|train_state\.json")
-STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,8 @@ def parse_tensors(record: Any) -> dict[str, StoredTensor]:
         pieces = []
         for file, name, offset, extent in entry["pieces"]:
             box = Box(_numbers(offset), _numbers(extent))
+            if not (isinstance(file, str) and isinstance(name, str)):
+                raise ValueError(f"a part of {key} has no name")
             if not len(box.offset) == len(box.extent) == len(shape):
                 raise ValueError(f"a part of {key} has another number of dimensions")
             pieces.append(Piece(file, name, box))
@@ -193,58 +194,3 @@ def damaged(path: Path, relation: str) -> CheckpointError:
         f"{path} {relation}: the checkpoint is damaged; restore the file from a copy, or remove "
         "the folder to go on from the checkpoint before"
     )
-
-
-def step_folders(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield (step, folder) of what is named like a checkpoint, whole or not, newest first."""
-    names = {path: STEP_NAME.fullmatch(path.name) for path in folder.glob("step_*")}
-    yield from sorted(((int(m[1]), path) for path, m in names.items() if m), reverse=True)
-
-
-def whole_steps(folder: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a folder, ascending."""
-    steps = []
-    for step, path in step_folders(folder):
-        try:
-            read_manifest(path)
-        except CheckpointError:
-            continue
-        steps.append(step)
-    return steps[::-1]
-
-
-def newest_step(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint in a folder, None if there is none.
-
-    Raises:
-        CheckpointError: the newest is damaged. An interrupted save never leaves that, so nobody
-            should lose steps without knowing.
-    """
-    for step, path in step_folders(folder):
-        read_manifest(path)
-        return step
-    return None
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Return the folder of a checkpoint: `folder`, or the newest one of a run folder.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    if (folder / MANIFEST_FILE).is_file():
-        read_manifest(folder)
-        return folder
-    checkpoints = folder / "checkpoints"
-    newest = newest_step(checkpoints) if whole_steps(checkpoints) else None
-    if newest is None:
-        raise CheckpointError(
-            f"checkpoint={folder} is neither a complete checkpoint nor a run folder with one; "
-            "name RUN_DIR or RUN_DIR/checkpoints/step_00000100"
-        )
-    return step_path(checkpoints, newest)
-
-
-def step_path(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
-    return folder / f"step_{step:08d}"

@@ -30,6 +30,7 @@ from ring_train.checkpoint.files import (
     write_durably,
     write_tensors,
 )
+from ring_train.checkpoint.folders import step_path, whole_steps
 from ring_train.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -37,9 +38,7 @@ from ring_train.checkpoint.manifest import (
     StoredTensor,
     manifest_text,
     parse_tensors,
-    step_path,
     tensors_record,
-    whole_steps,
 )
 from ring_train.checkpoint.tensors import Held
 

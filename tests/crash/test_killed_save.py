@@ -106,7 +106,7 @@ def running(run_dir: Path, ranks: int, overrides: list[str]) -> Iterator[Run]:
 
 def newest(run_dir: Path) -> int:
     """Return the newest step, 0 if there is none; a damaged one is an error."""
-    from ring_train.checkpoint.manifest import newest_step
+    from ring_train.checkpoint.folders import newest_step
 
     return newest_step(run_dir / "checkpoints") or 0
 

@@ -142,7 +142,8 @@ def train_on(plan: Any, model: Any, optimizer: Any, groups: Any, step: int) -> N
 
 
 def digests(run_dir: Path, step: int) -> dict[str, str]:
-    from ring_train.checkpoint.manifest import read_manifest, step_path
+    from ring_train.checkpoint.folders import step_path
+    from ring_train.checkpoint.manifest import read_manifest
     from ring_train.checkpoint.reading import tensor_digests
 
     folder = step_path(run_dir / "checkpoints", step)

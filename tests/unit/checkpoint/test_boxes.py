@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_train.checkpoint.boxes import Box, flat_boxes, placed, tiling_problem
@@ -91,6 +91,7 @@ def origin(shape: tuple[int, ...]) -> Box:
     return Box(tuple(0 for _ in shape), shape)
 
 
+@settings(deadline=None)
 @given(shapes(), st.data())
 def test_boxes_tile_a_flat_range_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, prod(shape)))
@@ -102,6 +103,7 @@ def test_boxes_tile_a_flat_range_in_order(shape: tuple[int, ...], data: st.DataO
     assert len(boxes) <= 2 * len(shape) - 1
 
 
+@settings(deadline=None)
 @given(pairs_of_layouts())
 def test_every_element_saved_under_a_layout_loads_under_another(
     case: tuple[tuple[int, ...], Layout, Layout],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_train.checkpoint import CheckpointError, find_checkpoint
+from ring_train.checkpoint import CheckpointError
 from ring_train.checkpoint.boxes import Box
 from ring_train.checkpoint.files import FileRecord
 from ring_train.checkpoint.manifest import (
@@ -19,12 +19,8 @@ from ring_train.checkpoint.manifest import (
     Piece,
     StoredTensor,
     manifest_text,
-    newest_step,
     read_manifest,
-    step_path,
-    whole_steps,
 )
-from ring_train.checkpoint.writing import retain
 
 NAME = "rank_00000.safetensors"
 TENSOR = StoredTensor(
@@ -129,6 +125,10 @@ def test_pieces_in_files_that_are_not_listed_are_refused(tmp_path: Path) -> None
         (replace(TENSOR, dtype="PICKLE"), "unknown dtype 'PICKLE'"),
         (replace(TENSOR, shape=(-2, 3)), "are not sizes"),
         (replace(TENSOR, shape=(6,)), "another number of dimensions"),
+        (
+            replace(TENSOR, pieces=(replace(TENSOR.pieces[0], name=cast("str", None)),)),
+            "a part of weight/a has no name",
+        ),
     ],
 )
 def test_tensors_that_cannot_be_are_refused(
@@ -150,47 +150,3 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert_refused(
         tmp_path, "no manifest.json, so this is not a complete checkpoint; name a folder"
     )
-
-
-def test_steps_are_those_of_whole_folders(tmp_path: Path) -> None:
-    for step in (1, 20, 300):
-        write_checkpoint(step_path(tmp_path, step), step)
-    write_checkpoint(tmp_path / "step_00000400.partial")
-    (tmp_path / "step_00000500x").mkdir()
-    assert whole_steps(tmp_path) == [1, 20, 300]
-    assert newest_step(tmp_path) == 300
-    (step_path(tmp_path, 20) / NAME).write_bytes(b"")
-    assert whole_steps(tmp_path) == [1, 300]
-    (step_path(tmp_path, 300) / "manifest.json").unlink()
-    assert whole_steps(tmp_path) == [1]
-    with pytest.raises(CheckpointError, match=r"step_00000300: no manifest\.json"):
-        newest_step(tmp_path)
-    assert newest_step(tmp_path / "nothing") is None
-
-
-def test_retention_keeps_the_newest_whole_ones_and_leaves_damaged_ones(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5):
-        write_checkpoint(step_path(tmp_path, step), step)
-    (step_path(tmp_path, 4) / NAME).unlink()
-    retain(tmp_path, None)
-    assert whole_steps(tmp_path) == [1, 2, 3, 5]
-    retain(tmp_path, 2)
-    assert whole_steps(tmp_path) == [3, 5]
-    (step_path(tmp_path, 5) / NAME).unlink()
-    retain(tmp_path, 1)
-    assert whole_steps(tmp_path) == [3]
-    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "4", "5"]
-
-
-def test_a_run_folder_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    with pytest.raises(CheckpointError, match="neither a complete checkpoint nor a run folder"):
-        find_checkpoint(tmp_path)
-    for step in (1, 2):
-        write_checkpoint(step_path(folder, step), step)
-    assert find_checkpoint(tmp_path) == step_path(folder, 2)
-    assert find_checkpoint(step_path(folder, 1)) == step_path(folder, 1)
-    (step_path(folder, 2) / NAME).unlink()
-    for damaged in (tmp_path, step_path(folder, 2)):
-        with pytest.raises(CheckpointError, match=f"{NAME} is missing"):
-            find_checkpoint(damaged)

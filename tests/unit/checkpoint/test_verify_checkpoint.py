@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ring_train.checkpoint import CheckpointError
-from ring_train.checkpoint.manifest import step_path
+from ring_train.checkpoint.folders import step_path
 from ring_train.checkpoint.writing import Save, prepare_folder
 from ring_train.jobs import verify_checkpoint
 from tests.unit.checkpoint.test_writing import SOON_S, job

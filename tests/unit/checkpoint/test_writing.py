@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from ring_train.checkpoint import CheckpointError, writing
 from ring_train.checkpoint.files import write_tensors
-from ring_train.checkpoint.manifest import read_manifest, step_path, whole_steps
+from ring_train.checkpoint.folders import step_path, whole_steps
+from ring_train.checkpoint.manifest import read_manifest
 from ring_train.checkpoint.reading import tensor_digests
 from ring_train.checkpoint.tensors import Held
 from ring_train.checkpoint.writing import Save, SaveJob, prepare_folder, snapshot, write_rank
