@@ -1,5 +1,6 @@
 """megatron-core's config objects, built from the plan; no other file here needs torch."""
 
+import warnings
 from typing import Any
 
 import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
@@ -24,7 +25,10 @@ def make_transformer_config(plan: Plan) -> TransformerConfig:
     fields = same_named_fields(model) | same_named_fields(parallel) | derived_fields(plan)
     if model.num_moe_experts is None:
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
-    return TransformerConfig(**fields, **model.megatron)
+    with warnings.catch_warnings():
+        # Recomputing core_attn is in vain for Transformer Engine's attention, which is not used.
+        warnings.filterwarnings("ignore", message=".*core_attn recompute is really needed")
+        return TransformerConfig(**fields, **model.megatron)
 
 
 def derived_fields(plan: Plan) -> dict[str, Any]:

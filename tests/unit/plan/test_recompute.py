@@ -1,5 +1,7 @@
 """Keys of activation recomputation that contradict each other are refused with a way out."""
 
+import warnings
+
 import pytest
 
 from ring_train.plan import PlanError, make_plan
@@ -10,7 +12,7 @@ FULL = "parallel.recompute_granularity=full"
 SELECTIVE = "parallel.recompute_granularity=selective"
 METHOD = "parallel.recompute_method=block"
 LAYERS = "parallel.recompute_num_layers=2"
-MODULES = "parallel.recompute_modules=[mlp,moe]"
+MODULES = "parallel.recompute_modules=[core_attn,moe]"
 
 
 @pytest.mark.parametrize(
@@ -33,8 +35,8 @@ MODULES = "parallel.recompute_modules=[mlp,moe]"
         ([FULL, LAYERS], "needs parallel.recompute_method, which is not given; choose uniform or"),
         (
             [FULL, METHOD, LAYERS, MODULES],
-            "parallel.recompute_modules=['mlp', 'moe'] contradicts parallel.recompute_granularity="
-            "full, which reads only recompute_method and recompute_num_layers; remove it or choose "
+            "parallel.recompute_modules=['core_attn', 'moe'] contradicts parallel."
+            "recompute_granularity=full, which reads only recompute_method and recompute_num_layers; remove it or choose "
             "selective",
         ),
         (
@@ -62,7 +64,10 @@ def test_contradicting_keys_are_named(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("words", [[FULL, METHOD, LAYERS], [SELECTIVE, MODULES]])
 def test_megatron_gets_the_keys_under_its_own_names(words: list[str]) -> None:
-    config = make_transformer_config(make_plan(tiny(*words), 1))
+    plan = make_plan(tiny(*words), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = make_transformer_config(plan)
     found = {
         name: getattr(config, name)
         for name in ("granularity", "method", "num_layers", "modules")
@@ -73,5 +78,5 @@ def test_megatron_gets_the_keys_under_its_own_names(words: list[str]) -> None:
         "recompute_granularity": "full" if full else "selective",
         "recompute_method": "block" if full else None,
         "recompute_num_layers": 2 if full else None,
-        "recompute_modules": [] if full else ["mlp", "moe"],
+        "recompute_modules": [] if full else ["core_attn", "moe"],
     }
