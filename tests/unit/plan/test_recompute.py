@@ -36,8 +36,8 @@ MODULES = "parallel.recompute_modules=[core_attn,moe]"
         (
             [FULL, METHOD, LAYERS, MODULES],
             "parallel.recompute_modules=['core_attn', 'moe'] contradicts parallel."
-            "recompute_granularity=full, which reads only recompute_method and recompute_num_layers; remove it or choose "
-            "selective",
+            "recompute_granularity=full, which reads only recompute_method and "
+            "recompute_num_layers; remove it or choose selective",
         ),
         (
             [SELECTIVE],
