@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ring_train.checkpoint import CheckpointError, writing
-from ring_train.checkpoint.files import write_tensors
 from ring_train.checkpoint.folders import step_path, whole_steps
 from ring_train.checkpoint.manifest import read_manifest
 from ring_train.checkpoint.reading import tensor_digests
@@ -53,22 +51,6 @@ def job(folder: Path, rank: int, world_size: int, *, step: int = 1) -> SaveJob:
 
 def exception(future: Future[None]) -> BaseException | None:
     return future.exception(timeout=SOON_S)
-
-
-def test_files_are_safetensors_that_the_library_reads(tmp_path: Path) -> None:
-    tensors = {
-        "odd": torch.arange(3, dtype=torch.uint8),
-        "half": torch.randn(5).bfloat16(),
-        "single": torch.randn(2, 3),
-        "double": torch.randn(1, 1, 1, dtype=torch.float64),
-    }
-    record = write_tensors(tmp_path / "a.safetensors", tensors)
-    loaded = load_file(tmp_path / "a.safetensors")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert loaded[name].equal(tensor)
-    assert record.num_bytes == (tmp_path / "a.safetensors").stat().st_size
 
 
 def test_a_checkpoint_appears_when_all_ranks_have_written(tmp_path: Path) -> None:
