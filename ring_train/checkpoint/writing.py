@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +108,16 @@ class Save:
     """
 
     def __init__(self, job: SaveJob) -> None:
-        self.job = job
+        # The copies of the state live as long as the thread, not until the next save.
+        self.job = replace(job, tensors={}, values={})
         self.written: Future[None] = Future()
         self.committed: Future[None] = Future()
         self._abandoned = threading.Event()
-        threading.Thread(target=self._run, daemon=True, name=f"save {job.step}").start()
+        name = f"save {job.step}"
+        threading.Thread(target=self._run, args=(job,), daemon=True, name=name).start()
 
-    def _run(self) -> None:
-        _fulfil(self.written, lambda: write_rank(self.job))
+    def _run(self, job: SaveJob) -> None:
+        _fulfil(self.written, lambda: write_rank(job))
         if self.job.rank == 0:
             _fulfil(self.committed, lambda: commit(self.job, self._abandoned))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_a_rank_of_a_dead_job_cannot_write_into_a_later_save(tmp_path: Path) -> 
     write_rank(job(tmp_path, 1, 2))
     assert exception(first.committed) is None
     assert whole_steps(tmp_path) == [1]
+
+
+def test_the_copy_of_the_state_is_freed_once_it_is_written(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    mine = job(tmp_path, 0, 1)
+    copy = weakref.ref(mine.values["weight/a#0"])
+    save = Save(mine)
+    del mine
+    assert exception(save.committed) is None
+    for thread in threading.enumerate():
+        if thread.name == "save 1":
+            thread.join(SOON_S)
+    assert copy() is None
 
 
 def test_nothing_is_left_of_an_abandoned_save(tmp_path: Path) -> None:
