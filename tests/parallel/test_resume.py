@@ -11,7 +11,6 @@ from tests.conftest import OnRanks
 from tests.parallel.short_runs import (
     DISTRIBUTED_OPTIMIZER,
     EP2,
-    PP2,
     TP2,
     SyntheticBatches,
     short_plan,
@@ -20,10 +19,11 @@ from tests.parallel.test_checkpoint_layouts import BF16, CP2, PP2_VPP2, digests
 
 NUM_STEPS = 12
 CUT, END = 2, 4
+TWELVE_RUNS_S = 240.0
+"""On a busy machine; 10 s on a quiet one."""
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "tp2_sp": (2, TP2),
-    "pp2": (2, PP2),
     "pp2_vpp2": (2, PP2_VPP2),
     "cp2": (2, CP2),
     "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
@@ -70,7 +70,7 @@ def state_at(run_dir: Path, step: int) -> dict[str, Any]:
 
 def test_a_stop_after_every_step_changes_nothing(on_ranks: OnRanks, tmp_path: Path) -> None:
     pieces, whole = tmp_path / "pieces", tmp_path / "whole"
-    on_ranks(1, run_in_pieces, pieces)
+    on_ranks(1, run_in_pieces, pieces, timeout_s=TWELVE_RUNS_S)
     on_ranks(1, run_until, whole, NUM_STEPS, EVERY_STEP)
     states = [state_at(whole, step) for step in range(1, NUM_STEPS + 1)]
     assert [state_at(pieces, step) for step in range(1, NUM_STEPS + 1)] == states
