@@ -82,7 +82,7 @@ def test_an_experiment_chooses_presets_and_words_still_win() -> None:
         ),
         (["+model.hiden_size=3"], "did you mean model.hidden_size?"),
         (["model.hidden_size.x=3"], "model.hidden_size.x is not a key"),
-        (["checkpoint.zzz=3"], "choose from checkpoint.interval_steps, checkpoint.keep"),
+        (["checkpoint.zzz=3"], "choose from checkpoint.async_save, checkpoint.interval_steps"),
         (["model.hidden_size=wide"], "model.hidden_size: Value 'wide'"),
         (["model.hidden_size=1.5"], "model.hidden_size: Value '1.5'"),
         (["model.hidden_size=null"], "model.hidden_size: field 'model.hidden_size' is not"),
