@@ -18,7 +18,7 @@ from tests.parallel.short_runs import PP2, short_plan
 if TYPE_CHECKING:
     from ring_train.checkpoint.manifest import Manifest, StoredTensor
 
-SHARD = "rank_00001.safetensors"
+FIRST_SHARD, SHARD = "rank_00000.safetensors", "rank_00001.safetensors"
 NAME = "weight/decoder.layers.0.self_attention.linear_qkv.weight"
 
 
@@ -81,6 +81,9 @@ CASES = {
     "missing shard": Case(f"{SHARD} is missing", lambda folder: (folder / SHARD).unlink()),
     "cut shard": Case(f"{SHARD} has .* bytes, but the manifest says", cut),
     "changed tensor": Case(f"{SHARD} does not have the hash", changed_byte(SHARD, 1)),
+    "changed tensor of rank 0": Case(
+        f"{FIRST_SHARD} does not have the hash", changed_byte(FIRST_SHARD, 1)
+    ),
     "changed header": Case(f"{SHARD} does not have the hash", changed_byte(SHARD, 0.02)),
     "changed manifest": Case("manifest.json", changed_byte("manifest.json", 0.5)),
     "changed state": Case(
