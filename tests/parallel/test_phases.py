@@ -1,6 +1,7 @@
 """What a phase changes in the model is what the same value does in a run without phases."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_a_phase_trains_with_its_own_value(
     assert in_phase["weights"] != plain["weights"]
 
 
-def run_three(folder: Path, key: str, value: str) -> list[dict[str, str]]:
+def run_three(folder: Path, key: str, value: str) -> list[dict[str, Any]]:
     """Return metrics and digests without the value, with it in the model, and in a phase."""
     changes = [[], [f"model.{key}={value}"], [*PHASE, f"phases.only.{key}={value}"]]
     return [

@@ -33,8 +33,11 @@ LAYOUTS = {
 EVERY_STEP = ["checkpoint.interval_steps=1", "checkpoint.keep=null"]
 
 
-def run_until(run_dir: Path, stop: int, overrides: list[str]) -> None:
-    """Resume the run folder from nothing but its files, train until a step, save."""
+def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, Any]:
+    """Resume the run folder from nothing but its files, train until a step, save.
+
+    Returns what every step so far has logged, and digests of the tensors saved last, by kind.
+    """
     from ring_train.checkpoint import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
@@ -54,6 +57,12 @@ def run_until(run_dir: Path, stop: int, overrides: list[str]) -> None:
         trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups)
         assert trainer.train(state).step == stop
         assert checkpoints.steps()[-1] == stop
+        saved = sorted(digests(run_dir, stop).items())
+        return {
+            "metrics": (run_dir / "metrics.jsonl").read_text() if groups.rank == 0 else "",
+            "weights": [entry for entry in saved if entry[0].startswith("weight/")],
+            "others": [entry for entry in saved if not entry[0].startswith("weight/")],
+        }
 
 
 def run_in_pieces(run_dir: Path) -> None:
