@@ -1,5 +1,7 @@
 r"""Writer of Megatron's token shards, PREFIX.bin and PREFIX.idx, with a manifest PREFIX.json.
 
+A shard of conversations has a loss mask too, PREFIX.mask: a byte a token, 1 for what is trained.
+
 Format, little-endian (NVIDIA/Megatron-LM megatron/core/datasets/indexed_dataset.py): the .bin
 file holds the token ids of all documents end to end; the .idx file `MMIDIDX\0\0`, u64 version 1,
 u8 dtype code, u64 number of sequences, u64 number of bounds, i32 lengths, i64 byte offsets,
@@ -27,10 +29,12 @@ DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 MAX_UINT16_VOCAB = 65500
 """Megatron's bound for two-byte ids."""
 MANIFEST_VERSION = 1
-PUBLISHED = ("json", "bin", "ids", "idx")
+PUBLISHED = ("json", "bin", "mask", "ids", "idx")
 """Suffixes in the order in which the files appear."""
 APPENDED = ("bin", "ids", "lengths")
 """Suffixes of the files that grow with the documents; lengths (int32) become the index."""
+MASK = "mask"
+"""Suffix of one more, of shards with a loss mask."""
 CHUNK_BYTES = 2**20
 
 
@@ -62,8 +66,10 @@ class ShardSize:
 class ShardFiles:
     """The growing files of a shard; open them at a size that was synced to go on from there."""
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any], size: ShardSize) -> None:
-        """Cut the files to `size` and hash what is there."""
+    def __init__(
+        self, prefix: Path, dtype: np.dtype[Any], size: ShardSize, *, masked: bool = False
+    ) -> None:
+        """Cut the files to `size` and hash what is there; `masked` ones have a loss mask."""
         self._prefix, self._dtype, self.size = prefix, dtype, size
         prefix.parent.mkdir(parents=True, exist_ok=True)
         lengths = {
@@ -71,19 +77,31 @@ class ShardFiles:
             "ids": size.ids_bytes,
             "lengths": size.documents * 4,
         }
-        self._streams = {name: _open_at(self.partial(name), lengths[name]) for name in APPENDED}
-        self._bin_hash = hashlib.sha256()
-        for chunk in read_chunks(self.partial("bin")):
-            self._bin_hash.update(chunk)
+        if masked:
+            lengths[MASK] = size.tokens
+        self._streams = {name: _open_at(self.partial(name), n) for name, n in lengths.items()}
+        self._hashes = {name: hashlib.sha256() for name in ("bin", MASK) if name in lengths}
+        for name, digest in self._hashes.items():
+            for chunk in read_chunks(self.partial(name)):
+                digest.update(chunk)
 
     def partial(self, suffix: str) -> Path:
         """Return the path of an unfinished file."""
         return partial_path(self._prefix, suffix)
 
-    def append(self, tokens: np.ndarray | memoryview, lengths: np.ndarray, names: bytes) -> None:
-        """Append documents: ids of the shard's dtype, int32 lengths, one line a name."""
+    def append(
+        self,
+        tokens: np.ndarray | memoryview,
+        lengths: np.ndarray,
+        names: bytes,
+        mask: bytes | None = None,
+    ) -> None:
+        """Append documents: ids of the shard's dtype, int32 lengths, one line a name, the mask."""
         self._streams["bin"].write(tokens)
-        self._bin_hash.update(tokens)
+        self._hashes["bin"].update(tokens)
+        if mask is not None:
+            self._streams[MASK].write(mask)
+            self._hashes[MASK].update(mask)
         self._streams["lengths"].write(lengths.data)
         self._streams["ids"].write(names)
         self.size.documents += len(lengths)
@@ -107,7 +125,7 @@ class ShardFiles:
             os.fsync(stream.fileno())
         manifest = {
             **extra,
-            "bin_sha256": self._bin_hash.hexdigest(),
+            **{f"{name}_sha256": digest.hexdigest() for name, digest in self._hashes.items()},
             "documents": self.size.documents,
             "dtype": self._dtype.name,
             "idx_sha256": index_hash.hexdigest(),
@@ -137,6 +155,8 @@ def publish(prefix: Path) -> None:
         if (partial := partial_path(prefix, suffix)).exists():
             partial.replace(f"{prefix}.{suffix}")
     partial_path(prefix, "lengths").unlink(missing_ok=True)
+    if "mask_sha256" not in json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")):
+        Path(f"{prefix}.{MASK}").unlink(missing_ok=True)  # of an older shard of conversations
     descriptor = os.open(prefix.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

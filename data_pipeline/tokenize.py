@@ -1,4 +1,4 @@
-"""Tokenize documents into a Megatron shard: `python -m data_pipeline.tokenize`.
+"""Tokenize documents or conversations into a Megatron shard: `python -m data_pipeline.tokenize`.
 
 Documents keep the order of the source; each ends with `<|endoftext|>`. The bytes do not depend on
 the number of workers, and not on how often the command was killed and run again: what a journal has
@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.chat.encoder import open_chat_encoder
+from data_pipeline.chat.options import ChatOptions, parse_template_arguments
+from data_pipeline.chat.template import read_chat_template
 from data_pipeline.config import PipelineError, run_command
 from data_pipeline.shard_writer import publish
 from data_pipeline.sources import (
@@ -25,7 +28,7 @@ from data_pipeline.tokenization.encoders import (
     open_fast_encoder,
     read_tokenizer_record,
 )
-from data_pipeline.tokenization.fingerprints import describe_job
+from data_pipeline.tokenization.fingerprints import describe_chat, describe_job
 from data_pipeline.tokenization.journal import Commit, Journal, locked
 from data_pipeline.tokenization.referee import Disagreement
 from data_pipeline.tokenization.shard_run import Shard, ShardRun
@@ -33,6 +36,10 @@ from data_pipeline.tokenization.shard_run import Shard, ShardRun
 logger = logging.getLogger(__name__)
 
 DUPLICATE_IDS = ("count", "refuse")
+FORMATS = ("text", "chat")
+CHAT_KEYS = ("template_arguments", "on_rewrite", "max_tokens", "on_long")
+"""Arguments that only conversations have."""
+CHAT_ENCODER = "conversations need their special tokens"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,16 @@ class Tokenize:
     """Read at once by a worker."""
     commit_mb: int = 64
     """Of tokens after which they are synced: what a kill can cost."""
+    format: str = "text"
+    """`text`, or `chat`: records have `messages`, and OUTPUT.mask is written too."""
+    template_arguments: str = ""
+    """Of chat: JSON object of the template's variables."""
+    on_rewrite: str = "refuse"
+    """Of chat: where a template rewrites earlier turns, `refuse`, or `split` the turns apart."""
+    max_tokens: int = 0
+    """Of chat: of a sample; 0 for any number."""
+    on_long: str = "refuse"
+    """Of chat: `refuse` a longer sample, or `drop` and count it."""
 
 
 def main() -> int:
@@ -113,22 +130,49 @@ def _plan(arguments: Tokenize) -> Shard:
         on_error=arguments.on_error,
         max_document_bytes=arguments.max_document_mb * MEBIBYTE,
         text_only=True,
+        messages=arguments.format == "chat",
     )
+    chat = _chat_options(arguments)
     inputs = find_inputs(arguments.input)
     tokenizer_path = Path(arguments.tokenizer) / "tokenizer.json"
     record = read_tokenizer_record(tokenizer_path)
+    job = describe_job(inputs, record, options, arguments.block_kb)
+    if chat is not None:
+        open_chat_encoder(tokenizer_path.parent, chat)  # refuses what cannot work, before any file
+        job |= describe_chat(chat, read_chat_template(tokenizer_path.parent).sha256)
     return Shard(
         prefix=Path(arguments.output),
         inputs=inputs,
         options=options,
         tokenizer=record,
-        job=describe_job(inputs, record, options, arguments.block_kb),
+        job=job,
         tokenizer_path=tokenizer_path,
         workers=arguments.workers,
         block_bytes=arguments.block_kb * 1024,
         commit_bytes=arguments.commit_mb * MEBIBYTE,
         refuse_duplicate_ids=arguments.duplicate_ids == "refuse",
+        chat=chat,
     )
+
+
+def _chat_options(arguments: Tokenize) -> ChatOptions | None:
+    """Return how conversations are rendered; None for text."""
+    if arguments.format not in FORMATS:
+        raise PipelineError(f"format={arguments.format} is unknown; choose {' or '.join(FORMATS)}")
+    if arguments.format == "chat":
+        return ChatOptions(
+            template_arguments=parse_template_arguments(arguments.template_arguments),
+            on_rewrite=arguments.on_rewrite,
+            max_tokens=arguments.max_tokens,
+            on_long=arguments.on_long,
+        )
+    for field in dataclasses.fields(arguments):
+        if field.name in CHAT_KEYS and (value := getattr(arguments, field.name)) != field.default:
+            raise PipelineError(
+                f"{field.name}={value} says how conversations are read, but format=text; give "
+                "format=chat, or leave it out"
+            )
+    return None
 
 
 def _is_done(shard: Shard) -> bool:
@@ -136,7 +180,8 @@ def _is_done(shard: Shard) -> bool:
     prefix = shard.prefix
     if Path(f"{prefix}.journal").exists():
         return False
-    if not all(Path(f"{prefix}.{suffix}").exists() for suffix in ("json", "bin", "ids", "idx")):
+    suffixes = ("json", "bin", "ids", "idx", *(["mask"] if shard.chat is not None else []))
+    if not all(Path(f"{prefix}.{suffix}").exists() for suffix in suffixes):
         return False
     try:
         manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
@@ -166,12 +211,12 @@ def _write(shard: Shard) -> dict[str, Any]:
 def _encode_to_end(shard: Shard, journal: Journal) -> None:
     """Encode what is left; once more, by the reference, if the fast encoder proves wrong."""
     if journal.commit == Commit() and journal.fallback is None:
-        encoder = open_fast_encoder(shard.tokenizer_path)
+        encoder = CHAT_ENCODER if shard.chat else open_fast_encoder(shard.tokenizer_path)
         if isinstance(encoder, str):
             journal.restart(shard.job, encoder)
     elif journal.commit != Commit():
         logger.info("%s: going on after document %d", shard.prefix, journal.commit.size.documents)
-    if journal.fallback is not None:
+    if journal.fallback is not None and shard.chat is None:
         logger.warning("encoding with tokenizers, not gigatoken: %s", journal.fallback)
     try:
         ShardRun(shard, journal).run()

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.config import PipelineError
 from data_pipeline.sources.inputs import DATASET_MARKS, Input
-from data_pipeline.sources.records import SourceOptions
+from data_pipeline.sources.records import MESSAGES_KEY, SourceOptions
 
 DEFAULT_SPLIT = "train"
 BATCH_ROWS = 64
@@ -24,7 +24,7 @@ def read_hub(source: Input, options: SourceOptions, block_bytes: int) -> Iterato
         values = zip(*columns.values(), strict=True)
         rows = [dict(zip(columns, row, strict=True)) for row in values]
         batch += rows
-        num_bytes += sum(len(row.get(options.text_key) or "") for row in rows)
+        num_bytes += sum(_num_bytes(row, options) for row in rows)
         if num_bytes >= block_bytes:
             yield batch
             batch, num_bytes = [], 0
@@ -56,9 +56,21 @@ def _open(path: str, options: SourceOptions) -> Any:
             )
         dataset = dataset[wanted]
     columns = dataset.column_names or []
-    if columns and options.text_key not in columns and "messages" not in columns:
+    if columns and options.messages and MESSAGES_KEY not in columns:
+        raise PipelineError(
+            f"input=hf:{path} has no column {MESSAGES_KEY!r}; rename the one of "
+            f"{', '.join(columns)} that holds conversations"
+        )
+    if columns and options.text_key not in columns and MESSAGES_KEY not in columns:
         raise PipelineError(
             f"input=hf:{path} has no column {options.text_key!r}; "
             f"give text_key=NAME, one of {', '.join(columns)}"
         )
     return dataset
+
+
+def _num_bytes(row: dict[str, Any], options: SourceOptions) -> int:
+    """Return about how long the text of a row is."""
+    if options.messages:
+        return len(repr(row.get(MESSAGES_KEY)))
+    return len(row.get(options.text_key) or "")

@@ -15,8 +15,10 @@ from data_pipeline.documents import Document
 logger = logging.getLogger(__name__)
 
 MEBIBYTE = 2**20
-COUNTED_REASONS = ("empty", "binary")
-"""No fault of the data: an empty text, a binary file in a source tree."""
+COUNTED_REASONS = ("empty", "binary", "dropped_long")
+"""No fault of the data: an empty text, a binary file in a source tree, a sample that is longer than
+the user wants."""
+MESSAGES_KEY = "messages"
 NUM_LOGGED_FAULTS = 5
 """Faults of one reason that are logged one by one; the rest is counted only."""
 
@@ -37,6 +39,8 @@ class SourceOptions:
     """A longer line or file is a fault, met without holding it in memory."""
     text_only: bool = False
     """Columns other than text and id need not be read."""
+    messages: bool = False
+    """Records are conversations: a list `messages` is wanted, and text is not."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("refuse", "skip"):
@@ -100,9 +104,13 @@ def row_of(record: object, number: int, options: SourceOptions) -> Row | Fault:
     """Return the row of a parsed record, or why it is none."""
     if not isinstance(record, dict):
         return Fault("not_an_object", number, f"is a {type(record).__name__}, not an object")
-    text = record.get(options.text_key)
+    text = "" if options.messages else record.get(options.text_key)
+    messages = record.get(MESSAGES_KEY)
+    if options.messages and not isinstance(messages, list):
+        detail = f"has {MESSAGES_KEY!r}: {messages!r:.60}, not a list of messages"
+        return Fault("no_messages", number, detail)
     if not isinstance(text, str):
-        if text is not None or not isinstance(record.get("messages"), list):
+        if text is not None or not isinstance(messages, list):
             return Fault("no_text", number, f"has {options.text_key!r}: {text!r:.60}, not a string")
         text = ""
     identifier = record.get(options.id_key)
@@ -122,7 +130,7 @@ def name_of(row: Row, source: str, first_number: int) -> str:
 
 def document_of(row: Row, name: str, options: SourceOptions, stem: str) -> Document:
     """Return the document of a row; what is neither id, text nor domain becomes metadata."""
-    used = {options.id_key, options.text_key, options.domain_key, "messages", "metadata"}
+    used = {options.id_key, options.text_key, options.domain_key, MESSAGES_KEY, "metadata"}
     domain = row.record.get(options.domain_key)
     metadata = {key: value for key, value in row.record.items() if key not in used}
     if isinstance(row.record.get("metadata"), dict):
@@ -132,5 +140,5 @@ def document_of(row: Row, name: str, options: SourceOptions, stem: str) -> Docum
         text=row.text,
         domain=domain if isinstance(domain, str) and domain else options.domain or stem,
         metadata=metadata,
-        messages=row.record.get("messages") if not row.text else None,
+        messages=row.record.get(MESSAGES_KEY) if not row.text else None,
     )

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.sources.inputs import Input
-from data_pipeline.sources.records import Fault, SourceOptions
+from data_pipeline.sources.records import MESSAGES_KEY, Fault, SourceOptions
 
 MAX_BATCH_ROWS = 4096
+CHAT_COLUMNS = (MESSAGES_KEY, "tools", "chat_template_kwargs")
 ARROW_FILE_MAGIC = b"ARROW1"
 
 Batch = tuple[list[Any], list[Fault], int]
@@ -69,9 +70,11 @@ def _record_batches(path: str, stream: pa.NativeFile) -> Iterator[pa.RecordBatch
 
 def _columns(schema: pa.Schema, options: SourceOptions) -> list[str] | Fault:
     """Return the columns to read, or what is wrong with them."""
+    if options.messages:
+        return _chat_columns(schema, options)
     key = options.text_key
     if key not in schema.names:
-        if "messages" in schema.names and not options.text_only:
+        if MESSAGES_KEY in schema.names and not options.text_only:
             return list(schema.names)
         return Fault("schema", 1, f"has no column {key!r}; it has {', '.join(schema.names)}")
     kind = schema.field(key).type
@@ -80,6 +83,16 @@ def _columns(schema: pa.Schema, options: SourceOptions) -> list[str] | Fault:
     if not options.text_only:
         return list(schema.names)
     return [name for name in (key, options.id_key) if name in schema.names]
+
+
+def _chat_columns(schema: pa.Schema, options: SourceOptions) -> list[str] | Fault:
+    if MESSAGES_KEY not in schema.names:
+        detail = f"has no column {MESSAGES_KEY!r}; it has {', '.join(schema.names)}"
+        return Fault("schema", 1, detail)
+    kind = schema.field(MESSAGES_KEY).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return Fault("schema", 1, f"has column {MESSAGES_KEY!r} of type {kind}, not a list")
+    return [name for name in (*CHAT_COLUMNS, options.id_key) if name in schema.names]
 
 
 def _all_of(fault: Fault, num_rows: int) -> Fault:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from data_pipeline.chat.options import ChatOptions
 from data_pipeline.sources import Block, Fault, SourceOptions, read_block
 from data_pipeline.tokenization.encoders import Encoder, ReferenceEncoder, open_fast_encoder
 
@@ -27,6 +28,8 @@ class Encoding:
     eos_token_id: int
     dtype: np.dtype[Any]
     options: SourceOptions
+    chat: ChatOptions | None = None
+    """Of conversations; None for text."""
 
     def open(self) -> Encoder:
         """Return the encoder."""
@@ -37,6 +40,10 @@ class Encoding:
         return encoder
 
 
+type Name = bytes | int | tuple[int, str]
+"""JSON of an id; or the number of a row without one, also with what comes after it."""
+
+
 @dataclasses.dataclass(slots=True)
 class EncodedBlock:
     """What the documents of a block become; all fields but `tokens` are small."""
@@ -44,7 +51,7 @@ class EncodedBlock:
     num_rows: int
     """Lines or rows read, whether or not they became documents."""
     faults: list[Fault]
-    names: bytes | list[bytes | int]
+    names: bytes | list[Name]
     """A line a document, its id in JSON; where ids are missing, parts of it and row numbers."""
     lengths: np.ndarray
     """[documents] int32, end-of-text included."""
@@ -54,6 +61,10 @@ class EncodedBlock:
     """(document in this block, its text) for the referee."""
     tokens: Any
     """Ids of all documents end to end, in the shard's dtype; any buffer."""
+    mask: bytes | None = None
+    """Of each of them, 1 if it is trained; None for text."""
+    chat: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Counts of conversations, for the manifest."""
 
 
 def encode_block(block: Block, number: int, encoder: Encoder, encoding: Encoding) -> EncodedBlock:
@@ -66,7 +77,7 @@ def encode_block(block: Block, number: int, encoder: Encoder, encoding: Encoding
         elif item.text:
             rows.append(item)
         elif item.record.get("messages"):
-            faults.append(Fault("no_text", item.number, "is a conversation; text is expected"))
+            faults.append(Fault("no_text", item.number, "is a conversation; give format=chat"))
         else:
             faults.append(Fault("empty", item.number, "is empty"))
     texts = [row.text for row in rows]
@@ -86,21 +97,24 @@ def encode_block(block: Block, number: int, encoder: Encoder, encoding: Encoding
     )
 
 
-def _names(names: list[tuple[str | None, int]]) -> bytes | list[bytes | int]:
+def _names(names: list[tuple[str | None, int]]) -> bytes | list[Name]:
     if all(name is not None for name, _ in names):
         return b"".join([orjson.dumps(name) + b"\n" for name, _ in names])
     return [orjson.dumps(name) if name is not None else number for name, number in names]
 
 
-def join_names(names: bytes | list[bytes | int], source: str, first_row: int) -> bytes:
+def join_names(names: bytes | list[Name], source: str, first_row: int) -> bytes:
     """Return the lines of PREFIX.ids; a missing id becomes SOURCE:ROW."""
     if isinstance(names, bytes):
         return names
-    lines = [
-        name if isinstance(name, bytes) else orjson.dumps(f"{source}:{first_row + name}")
-        for name in names
-    ]
-    return b"".join([line + b"\n" for line in lines])
+    return b"".join([_line(name, source, first_row) + b"\n" for name in names])
+
+
+def _line(name: Name, source: str, first_row: int) -> bytes:
+    if isinstance(name, bytes):
+        return name
+    row, suffix = (name, "") if isinstance(name, int) else name
+    return orjson.dumps(f"{source}:{first_row + row}{suffix}")
 
 
 def _probes(texts: list[str], number: int) -> list[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """What decides the bytes of a shard, as digests; and hashes of whole inputs."""
 
+import dataclasses
 import hashlib
 import os
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import orjson
 
+from data_pipeline.chat.options import ChatOptions
 from data_pipeline.config import PipelineError
 from data_pipeline.shard_writer import TokenizerRecord, read_chunks
 from data_pipeline.sources import Input, SourceOptions
@@ -28,6 +30,12 @@ def describe_job(
         "options": _digest([*settings, block_bytes]),
         "software": " ".join(f"{name} {version(name)}" for name in LIBRARIES),
     }
+
+
+def describe_chat(options: ChatOptions, template_sha256: str) -> Job:
+    """Return the digest of what decides how conversations are rendered and cut."""
+    settings = [dataclasses.asdict(options), template_sha256, version("jinja2")]
+    return {"chat": _digest(settings)}
 
 
 class InputHasher:
@@ -87,4 +95,4 @@ def _file_hash(path: str) -> str:
 
 
 def _digest(content: object) -> str:
-    return hashlib.sha256(orjson.dumps(content)).hexdigest()
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()

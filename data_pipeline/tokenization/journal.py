@@ -38,6 +38,8 @@ class Commit:
     """Of that input."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     characters: int = 0
+    chat: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Counts of conversations."""
     referee_first_documents: int = 0
     referee_documents: int = 0
     """Later ones, and their characters, chosen by PROBED_FRACTION."""
@@ -67,7 +69,7 @@ class Journal:
         else:
             if lines:
                 found = lines[0].get("job", {})
-                self.left_over = [aspect for aspect in job if found.get(aspect) != job[aspect]]
+                self.left_over = [name for name in job | found if found.get(name) != job.get(name)]
             self.restart(job, None)
 
     def restart(self, job: Job, fallback: str | None) -> None:

@@ -4,10 +4,13 @@ import copy
 import dataclasses
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.chat.encoder import open_chat_encoder
+from data_pipeline.chat.options import ChatOptions
 from data_pipeline.config import PipelineError
 from data_pipeline.shard_writer import ShardFiles, TokenizerRecord, remove_partial
 from data_pipeline.sources import Block, FaultTally, Input, SourceOptions, plan_blocks
@@ -17,13 +20,14 @@ from data_pipeline.tokenization.encode_block import (
     encode_block,
     join_names,
 )
+from data_pipeline.tokenization.encode_chat import encode_chat_block
 from data_pipeline.tokenization.encoders import ReferenceEncoder
 from data_pipeline.tokenization.fingerprints import InputHasher
 from data_pipeline.tokenization.journal import Commit, Job, Journal
 from data_pipeline.tokenization.names import count_duplicates
 from data_pipeline.tokenization.progress import Progress
 from data_pipeline.tokenization.referee import check_first_documents, check_probes
-from data_pipeline.tokenization.workers import Workers
+from data_pipeline.tokenization.workers import EncodeBlock, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +46,14 @@ class Shard:
     block_bytes: int
     commit_bytes: int
     refuse_duplicate_ids: bool
+    chat: ChatOptions | None = None
+    """Of conversations; None for text."""
 
     def encoding(self, *, fast: bool) -> Encoding:
         """Return how workers encode."""
         eos = self.tokenizer.eos_token_id
-        return Encoding(self.tokenizer_path, fast, eos, self.tokenizer.dtype, self.options)
+        dtype = self.tokenizer.dtype
+        return Encoding(self.tokenizer_path, fast, eos, dtype, self.options, self.chat)
 
 
 class ShardRun:
@@ -55,16 +62,20 @@ class ShardRun:
     def __init__(self, shard: Shard, journal: Journal) -> None:
         self._shard, self._journal = shard, journal
         self._commit = copy.deepcopy(journal.commit)
-        self._files = ShardFiles(shard.prefix, shard.tokenizer.dtype, self._commit.size)
+        self._files = ShardFiles(
+            shard.prefix,
+            shard.tokenizer.dtype,
+            self._commit.size,
+            masked=shard.chat is not None,
+        )
         self._tally = FaultTally(shard.options, self._commit.skipped)
         self._hasher: InputHasher | None = None
 
     def run(self) -> None:
         """Append all documents that are left, then index and manifest."""
         encoding = self._shard.encoding(fast=self._journal.fallback is None)
-        encode = functools.partial(encode_block, encoder=encoding.open(), encoding=encoding)
         try:
-            with Workers(encode, self._shard.workers) as workers:
+            with Workers(_block_encoder(encoding), self._shard.workers) as workers:
                 self._append_all(workers, encoding)
             self._finish()
         except PipelineError:
@@ -115,7 +126,8 @@ class ShardRun:
             check_probes(encoded, self._shard.tokenizer.dtype, commit, reference)
         names = join_names(encoded.names, source.name, commit.rows)
         num_bytes = commit.size.tokens * self._shard.tokenizer.dtype.itemsize
-        self._files.append(encoded.tokens, encoded.lengths, names)
+        self._files.append(encoded.tokens, encoded.lengths, names, encoded.mask)
+        commit.chat = dict(Counter(commit.chat) + Counter(encoded.chat))
         commit.size.max_token_id = max(commit.size.max_token_id, encoded.max_token_id)
         commit.skipped = dict(self._tally.counts)
         commit.rows += encoded.num_rows
@@ -169,6 +181,8 @@ class ShardRun:
             "encoder": self._encoder_entry(),
             "job": self._shard.job,
         }
+        if self._shard.chat is not None:
+            extra["chat"] = commit.chat | {"options": dataclasses.asdict(self._shard.chat)}
         self._files.finish(self._shard.tokenizer, extra)
         commit.finished = True
         self._journal.write(commit)
@@ -197,3 +211,10 @@ class ShardRun:
             "later_documents_checked": commit.referee_documents,
             "later_characters_checked": commit.referee_characters,
         }
+
+
+def _block_encoder(encoding: Encoding) -> EncodeBlock:
+    if encoding.chat is None:
+        return functools.partial(encode_block, encoder=encoding.open(), encoding=encoding)
+    chat_encoder = open_chat_encoder(encoding.tokenizer.parent, encoding.chat)
+    return functools.partial(encode_chat_block, encoder=chat_encoder, encoding=encoding)
