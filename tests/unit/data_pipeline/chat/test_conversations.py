@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from data_pipeline.chat.options import ChatFault, ChatOptions
 from data_pipeline.config import PipelineError
@@ -185,3 +187,51 @@ def test_nulls_of_parquet_are_absent_keys(folders: dict[str, Path]) -> None:
 def test_options_know_their_words() -> None:
     with pytest.raises(PipelineError, match="on_rewrite=no is unknown"):
         ChatOptions(on_rewrite="no")
+
+
+SIMPLE = "{% for m in messages %}{{ m.role + ':' + m.content + '<|sep|>' }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+
+def text_of(folder: Path, record: dict[str, Any]) -> str:
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    return tokenizer.decode(encoder_of(folder).encode(record)[0].ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("further", "role"), [("{# 'observation' #}", "observation"), ("", "tool")]
+)
+def test_an_observation_is_what_the_template_calls_it(
+    folders: dict[str, Path], tmp_path: Path, further: str, role: str
+) -> None:
+    folder = folder_with(folders["demo"], tmp_path, further + SIMPLE + PROMPT)
+    record = with_message(role="observation", content="4")
+    assert text_of(folder, record).startswith(f"{role}:4<|sep|>user:hi")
+
+
+def test_conversations_with_tools_have_a_template_of_their_own(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with_tools = "{{ tools | tojson }}" + SIMPLE + PROMPT
+    templates = {"default": SIMPLE + PROMPT, "tool_use": with_tools}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    folder = folder_with(folders["demo"], tmp_path, named)
+    tools = [{"function": {"name": "add"}}]
+    assert text_of(folder, {**GOOD, "tools": tools}).startswith(json.dumps(tools) + "user:hi")
+    assert text_of(folder, GOOD).startswith("user:hi")
+
+
+def test_a_tool_that_the_template_leaves_out_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ChatFault, match="has tool 'add', which the template leaves out"):
+        encoder_of(folders["demo"]).encode({**GOOD, "tools": [{"function": {"name": "add"}}]})
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_blank_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = folder_with(folders["demo"], tmp_path, SIMPLE + PROMPT)
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    tokenizer.save(f"{folder}/tokenizer.json")
+    with pytest.raises(PipelineError, match="format=chat encodes turns apart: give a tokenizer"):
+        encoder_of(folder)
