@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.folders import newest_step, step_path, whole_steps
+from ring_train.checkpoint.folders import is_whole, newest_step, step_path, whole_steps
 from ring_train.checkpoint.identity import check_same_model, check_same_precision
 from ring_train.checkpoint.manifest import CONFIG_FILE, STATE_FILE, Manifest, read_manifest
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks, raise_first
@@ -84,6 +84,14 @@ class Checkpointer:
         """Return the steps of the complete checkpoints, ascending."""
         return whole_steps(self.folder)
 
+    def is_new_run(self) -> bool:
+        """Return whether the run has no checkpoint, as rank 0 sees it. Collective over all ranks.
+
+        Raises:
+            CheckpointError: the newest checkpoint is damaged.
+        """
+        return from_rank_0(lambda: newest_step(self.folder)) is None
+
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` steps."""
         return step_path(self.folder, step)
@@ -95,7 +103,8 @@ class Checkpointer:
         waited for first. Collective over all ranks.
 
         Raises:
-            CheckpointError: the earlier save failed, or the disk has no room for this one.
+            CheckpointError: the earlier save failed, the disk has no room for this one, or the
+                state could not be copied.
         """
         self.finish()
         target = self.path(state.step)
@@ -103,16 +112,17 @@ class Checkpointer:
         sizes = [x.values.nbytes for x in held if x.is_written]
         needed = torch.tensor(sum(sizes), device=local_device())
         torch.distributed.all_reduce(needed)
+        num_bytes = int(needed)
 
         def begin() -> str | None:
-            if state.step in self.steps():
-                return None
-            return prepare_folder(self.folder, state.step, int(needed))
+            return None if is_whole(target) else prepare_folder(self.folder, state.step, num_bytes)
 
         nonce = from_rank_0(begin)
         if nonce is None:
             return target
-        self._running = Save(self._job(state, held, optimizer_step(optimizer), nonce))
+        num_updates = optimizer_step(optimizer)
+        # No name here for the copies: only the save may keep them alive.
+        self._running = Save(on_all_ranks(lambda: self._job(state, held, num_updates, nonce)))
         if not self.plan.config.checkpoint.async_save:
             self.finish()
         return target
@@ -140,8 +150,8 @@ class Checkpointer:
         Collective over all ranks.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of another model or precision. Model and
-                optimizer are as they were.
+            CheckpointError: the checkpoint is damaged, or of another model or precision, and model
+                and optimizer are as they were; or a file that was found right cannot be read again.
         """
         step = from_rank_0(lambda: newest_step(self.folder))
         if step is None:
@@ -149,9 +159,13 @@ class Checkpointer:
         folder = self.path(step)
         resumed = on_all_ranks(lambda: self._plan_restore(folder, model, optimizer))
         _check_content(folder, resumed.manifest, resumed.copies)
-        run_copies(folder, resumed.copies)
-        set_state(optimizer, resumed.moments, resumed.optimizer_step)
-        torch.set_rng_state(resumed.rng)
+
+        def fill() -> None:
+            run_copies(folder, resumed.copies)
+            set_state(optimizer, resumed.moments, resumed.optimizer_step)
+            torch.set_rng_state(resumed.rng)
+
+        on_all_ranks(fill)
         logger.info("resumed from %s", folder)
         return resumed.state
 
@@ -213,8 +227,8 @@ def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCol
     Weights of another precision are converted. Collective over all ranks.
 
     Raises:
-        CheckpointError: no complete checkpoint, a damaged one, or one of another model. The model
-            is as it was.
+        CheckpointError: no complete checkpoint, a damaged one, or one of another model, and the
+            model is as it was; or a file that was found right cannot be read again.
     """
 
     def plan_load() -> tuple[Manifest, list[Copy]]:
@@ -226,7 +240,7 @@ def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCol
 
     manifest, copies = on_all_ranks(plan_load)
     _check_content(folder, manifest, copies)
-    run_copies(folder, copies)
+    on_all_ranks(lambda: run_copies(folder, copies))
 
 
 def _check_content(folder: Path, manifest: Manifest, copies: list[Copy]) -> None:

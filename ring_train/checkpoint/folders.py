@@ -1,14 +1,24 @@
-"""Which folders are checkpoints: those whose manifest is valid, and nothing else."""
+"""Which folders are checkpoints: those whose manifest is valid, and nothing else.
+
+A folder that is written or removed has a name of its own, so that what is named like a checkpoint
+is never half of one.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ring_train.checkpoint.errors import CheckpointError
 from ring_train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 
+logger = logging.getLogger(__name__)
+
+PARTIAL_SUFFIX = ".partial"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -20,14 +30,16 @@ def step_folders(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def whole_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, ascending."""
-    steps = []
-    for step, path in step_folders(folder):
-        try:
-            read_manifest(path)
-        except CheckpointError:
-            continue
-        steps.append(step)
-    return steps[::-1]
+    return [step for step, path in step_folders(folder) if is_whole(path)][::-1]
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a folder is a complete checkpoint."""
+    try:
+        read_manifest(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def newest_step(folder: Path) -> int | None:
@@ -65,3 +77,35 @@ def find_checkpoint(folder: Path) -> Path:
 def step_path(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint after `step` steps."""
     return folder / f"step_{step:08d}"
+
+
+def partial_path(target: Path, tag: str) -> Path:
+    """Return the name of a checkpoint that is not complete yet, or not any more."""
+    return target.with_name(f"{target.name}.{tag}{PARTIAL_SUFFIX}")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is to be removed; return the name, which nothing ever had."""
+    aside = partial_path(path, f"removed_{secrets.token_hex(4)}")
+    path.rename(aside)
+    return aside
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove all that is no checkpoint, or not any more."""
+    for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
+        remove_leftover(leftover)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a folder that is no checkpoint; on failure warn, it is only in the way of space."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s could not be removed (%s); the next save tries again", path, error)
+
+
+def retain(folder: Path, keep: int | None) -> None:
+    """Remove whole checkpoints older than the newest `keep`; damaged ones are left to a person."""
+    for step in whole_steps(folder)[:-keep] if keep else []:
+        remove_leftover(set_aside(step_path(folder, step)))

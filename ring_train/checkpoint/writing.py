@@ -30,7 +30,15 @@ from ring_train.checkpoint.files import (
     write_durably,
     write_tensors,
 )
-from ring_train.checkpoint.folders import step_path, whole_steps
+from ring_train.checkpoint.folders import (
+    is_whole,
+    partial_path,
+    remove_leftover,
+    remove_leftovers,
+    retain,
+    set_aside,
+    step_path,
+)
 from ring_train.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -44,7 +52,6 @@ from ring_train.checkpoint.tensors import Held
 
 logger = logging.getLogger(__name__)
 
-PARTIAL_SUFFIX = ".partial"
 POLL_S = 0.02
 
 
@@ -78,11 +85,6 @@ class SaveJob:
         return partial_path(self.target, self.nonce)
 
 
-def partial_path(target: Path, tag: str) -> Path:
-    """Return the name of a checkpoint that is not complete yet, or not any more."""
-    return target.with_name(f"{target.name}.{tag}{PARTIAL_SUFFIX}")
-
-
 def snapshot(
     held: list[Held], rank: int
 ) -> tuple[dict[str, StoredTensor], dict[str, torch.Tensor]]:
@@ -108,16 +110,16 @@ class Save:
     """
 
     def __init__(self, job: SaveJob) -> None:
-        # The copies of the state live as long as the thread, not until the next save.
+        # The copies of the state live until they are written: only the list holds them.
         self.job = replace(job, tensors={}, values={})
         self.written: Future[None] = Future()
         self.committed: Future[None] = Future()
         self._abandoned = threading.Event()
         name = f"save {job.step}"
-        threading.Thread(target=self._run, args=(job,), daemon=True, name=name).start()
+        threading.Thread(target=self._run, args=([job],), daemon=True, name=name).start()
 
-    def _run(self, job: SaveJob) -> None:
-        _fulfil(self.written, lambda: write_rank(job))
+    def _run(self, pending: list[SaveJob]) -> None:
+        _fulfil(self.written, lambda: write_rank(pending.pop()))
         if self.job.rank == 0:
             _fulfil(self.committed, lambda: commit(self.job, self._abandoned))
         else:
@@ -158,7 +160,13 @@ def _rank_file(job: SaveJob, rank: int) -> Path:
 
 
 def commit(job: SaveJob, abandoned: threading.Event) -> None:
-    """Wait for all ranks, write the manifest, rename the folder and drop old checkpoints."""
+    """Wait for all ranks, write the manifest, rename the folder and drop old checkpoints.
+
+    A whole checkpoint of this step stays; a damaged one gives way.
+
+    Raises:
+        CheckpointError, OSError: the checkpoint is not there.
+    """
     records = _wait_for_ranks(job, abandoned)
     if records is None:
         return
@@ -180,35 +188,49 @@ def commit(job: SaveJob, abandoned: threading.Event) -> None:
         _rank_file(job, rank).unlink()
     write_durably(job.partial / MANIFEST_FILE, [manifest_text(manifest).encode()])
     sync_folder(job.partial)
-    if job.target.exists():
-        # It is damaged: `save` does not begin where a whole checkpoint is.
-        aside = partial_path(job.target, "damaged")
-        job.target.rename(aside)
-        shutil.rmtree(aside)
+    if is_whole(job.target):
+        # `save` did not begin with one there: it is of another job on this run folder.
+        logger.warning("%s was saved by another job meanwhile and is kept", job.target)
+        remove_leftover(job.partial)
+        return
+    damaged = set_aside(job.target) if job.target.exists() else None
     job.partial.rename(job.target)
-    sync_folder(job.folder)
-    logger.info("saved %s", job.target)
-    retain(job.folder, job.keep)
+    _settle(job, damaged)
+
+
+def _settle(job: SaveJob, damaged: Path | None) -> None:
+    """Make the rename durable, then remove what it replaces.
+
+    The checkpoint is there, so what fails now is a warning.
+    """
+    try:
+        sync_folder(job.folder)
+        logger.info("saved %s", job.target)
+        if damaged:
+            remove_leftover(damaged)
+        retain(job.folder, job.keep)
+    except OSError as error:
+        logger.warning("%s is saved, but not what is old removed (%s)", job.target, error)
 
 
 def _wait_for_ranks(job: SaveJob, abandoned: threading.Event) -> list[dict[str, Any]] | None:
-    """Return what the ranks have written, None if the save was abandoned."""
+    """Return what the ranks have written, None if the save was abandoned.
+
+    Raises:
+        CheckpointError: somebody else has removed the folder.
+    """
     paths = [_rank_file(job, rank) for rank in range(job.world_size)]
     for path in paths:
         while not path.exists():
             if abandoned.wait(POLL_S):
                 return None
+            if not job.partial.is_dir():
+                raise CheckpointError(
+                    f"{job.partial} was removed while ranks were writing to it; the checkpoints "
+                    f"before it are whole: run one job at a time with run_dir={job.folder.parent}, "
+                    "remove nothing of a save under way, and resume"
+                )
     return [json.loads(path.read_bytes()) for path in paths]
-
-
-def retain(folder: Path, keep: int | None) -> None:
-    """Remove whole checkpoints older than the newest `keep`; damaged ones are left to a person."""
-    for step in whole_steps(folder)[:-keep] if keep else []:
-        path = step_path(folder, step)
-        # No half removed folder is ever named like a checkpoint.
-        aside = partial_path(path, "removed")
-        path.rename(aside)
-        shutil.rmtree(aside)
 
 
 def prepare_folder(folder: Path, step: int, needed_bytes: int) -> str:
@@ -222,8 +244,8 @@ def prepare_folder(folder: Path, step: int, needed_bytes: int) -> str:
     target, nonce = step_path(folder, step), secrets.token_hex(4)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(leftover)
+        sync_folder(folder.parent)
+        remove_leftovers(folder)
         free_bytes = shutil.disk_usage(folder).free
         if needed_bytes > free_bytes:
             raise CheckpointError(
@@ -238,6 +260,8 @@ def prepare_folder(folder: Path, step: int, needed_bytes: int) -> str:
 
 def save_problem(target: Path, error: BaseException) -> str:
     """Return the message for a save that failed."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return (
         f"{target} could not be saved ({what}); the checkpoints before it are whole: "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ring_train.checkpoint import CheckpointError, load_weights
 from ring_train.checkpoint.identity import MAY_DIFFER
+from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks
 from ring_train.config import ModelConfig
 from ring_train.hf.config import read_model_config
 from ring_train.hf.errors import HfError
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
 
 
 def check_initial_weights(plan: Plan) -> None:
-    """Raise a UserError if `init_from` is no folder of weights or holds another model."""
+    """Raise a UserError if `init_from` is no folder of weights or holds another model.
+
+    Rank 0 looks, and all ranks raise. Collective over all ranks.
+    """
+    from_rank_0(lambda: _check(plan))
+
+
+def _check(plan: Plan) -> None:
     if plan.config.init_from is None:
         return
     folder = Path(plan.config.init_from)
-    if (folder / "config.json").exists():
+    if _is_hf_folder(folder):
         stored = read_model_config(folder, plan.config.decay_layer_rule)
         check_same_folder_model(folder, stored, plan.config.model)
     elif not folder.is_dir():
@@ -39,6 +47,8 @@ def load_initial_weights(
 ) -> None:
     """Load `init_from` into the model, if it is given; nothing else of a checkpoint is taken.
 
+    Collective over all ranks.
+
     Raises:
         UserError: the folder is damaged, or a checkpoint of another model.
     """
@@ -46,10 +56,14 @@ def load_initial_weights(
     if plan.config.init_from is None:
         return
     folder = Path(plan.config.init_from)
-    if (folder / "config.json").exists():
-        load_hf_weights(folder, plan.config.model, model)
+    if from_rank_0(lambda: _is_hf_folder(folder)):
+        on_all_ranks(lambda: load_hf_weights(folder, plan.config.model, model))
     else:
         load_weights(folder, model, plan, groups)
+
+
+def _is_hf_folder(folder: Path) -> bool:
+    return (folder / "config.json").exists()
 
 
 def check_same_folder_model(folder: Path, stored: ModelConfig, model: ModelConfig) -> None:

@@ -34,11 +34,12 @@ def pretrain(config: Config) -> None:
 
     with start_runtime(plan) as groups:
         checkpoints = Checkpointer(plan, groups.collection)
-        if not checkpoints.steps():
+        is_new_run = checkpoints.is_new_run()
+        if is_new_run:
             check_initial_weights(plan)
         batches = build_batches(plan)
         model = build_model(plan, groups.collection)
-        if not checkpoints.steps():
+        if is_new_run:
             load_initial_weights(plan, model, groups.collection)
         optimizer = build_optimizer(plan, model, groups.collection)
         state = checkpoints.restore_or_init(model, optimizer)

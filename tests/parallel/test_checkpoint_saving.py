@@ -132,6 +132,43 @@ def test_a_rank_that_cannot_write_is_heard_by_all(on_ranks: OnRanks, tmp_path: P
         assert steps == [1, 4]
 
 
+def fail_to_copy_on_one_rank(run_dir: Path) -> list[str]:
+    """Save; then fail on rank 1 alone to copy the state to the host, and out of the files."""
+    from ring_train.checkpoint import Checkpointer, CheckpointError, TrainState, checkpointer
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.optimizer import build_optimizer
+
+    def refuse(*_: Any) -> Any:
+        raise OSError("no copy")
+
+    plan = short_plan([f"run_dir={run_dir}", "checkpoint.async_save=false"])
+    found: list[str] = []
+    with start_runtime(plan) as groups:
+        model = build_model(plan, groups.collection)
+        optimizer = build_optimizer(plan, model, groups.collection)
+        checkpoints = Checkpointer(plan, groups.collection)
+        checkpoints.save(TrainState(step=1), model, optimizer)
+        broken: Any = checkpointer
+        broken.whole_steps = lambda _: 1 / 0  # reads every manifest
+        if groups.rank == 1:
+            broken.snapshot = broken.run_copies = broken.newest_step = refuse
+        assert not checkpoints.is_new_run()
+        for action in (
+            lambda: checkpoints.save(TrainState(step=2), model, optimizer),
+            lambda: checkpoints.restore_or_init(model, optimizer),
+        ):
+            try:
+                action()
+            except CheckpointError as error:
+                found.append(str(error))
+    return found
+
+
+def test_a_rank_that_cannot_copy_is_heard_by_all(on_ranks: OnRanks, tmp_path: Path) -> None:
+    assert on_ranks(2, fail_to_copy_on_one_rank, tmp_path) == [["no copy", "no copy"]] * 2
+
+
 def save_at_once(run_dir: Path, overrides: list[str]) -> None:
     """Save before the first step, restore over a trained state, save that as step 1."""
     from ring_train.checkpoint import Checkpointer, TrainState
@@ -144,6 +181,7 @@ def save_at_once(run_dir: Path, overrides: list[str]) -> None:
         model = build_model(plan, groups.collection)
         optimizer = build_optimizer(plan, model, groups.collection)
         checkpoints = Checkpointer(plan, groups.collection)
+        assert checkpoints.is_new_run()
         checkpoints.save(TrainState(), model, optimizer)
         checkpoints.finish()
         train_on(plan, model, optimizer, groups, 0)

@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 
 from ring_train.checkpoint import CheckpointError
-from ring_train.checkpoint.folders import find_checkpoint, newest_step, step_path, whole_steps
-from ring_train.checkpoint.writing import retain
+from ring_train.checkpoint.folders import (
+    find_checkpoint,
+    newest_step,
+    retain,
+    step_path,
+    whole_steps,
+)
 from tests.unit.checkpoint.test_manifest import NAME, write_checkpoint
 
 

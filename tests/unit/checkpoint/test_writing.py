@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 import time
@@ -98,15 +99,26 @@ def test_a_rank_of_a_dead_job_cannot_write_into_a_later_save(tmp_path: Path) -> 
 
 def test_the_copy_of_the_state_is_freed_once_it_is_written(tmp_path: Path) -> None:
     prepare_folder(tmp_path, 1, 0)
-    mine = job(tmp_path, 0, 1)
+    mine = job(tmp_path, 0, 2)
     copy = weakref.ref(mine.values["weight/a#0"])
     save = Save(mine)
     del mine
-    assert exception(save.committed) is None
-    for thread in threading.enumerate():
-        if thread.name == "save 1":
-            thread.join(SOON_S)
+    assert exception(save.written) is None
+    assert not save.committed.done()
     assert copy() is None
+    save.abandon()
+
+
+def test_a_save_whose_folder_disappears_fails(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    first = Save(job(tmp_path, 0, 2))
+    assert exception(first.written) is None
+    shutil.rmtree(first.job.partial)
+    error = exception(first.committed)
+    assert error is not None
+    message = writing.save_problem(first.job.target, error)
+    assert f"{first.job.partial} was removed while ranks were writing to it" in message
+    assert f"one job at a time with run_dir={tmp_path.parent}" in message
 
 
 def test_nothing_is_left_of_an_abandoned_save(tmp_path: Path) -> None:
@@ -144,6 +156,52 @@ def test_a_damaged_folder_gives_way_to_the_checkpoint_of_its_step(tmp_path: Path
     assert exception(Save(job(tmp_path, 0, 1)).committed) is None
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert whole_steps(tmp_path) == [1]
+
+
+def test_a_whole_checkpoint_of_another_job_is_kept(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, 1, 0)
+    mine = job(tmp_path, 0, 1)
+    other = replace(mine, nonce="other")
+    other.partial.mkdir()
+    assert exception(Save(other).committed) is None
+    before = step_path(tmp_path, 1).stat().st_ino
+    assert exception(Save(mine).committed) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert step_path(tmp_path, 1).stat().st_ino == before
+
+
+def test_what_cannot_be_removed_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    (tmp_path / "step_00000009.a.partial").mkdir()
+    step_path(tmp_path, 1).mkdir()
+    for step in (1, 2, 3):
+        prepare_folder(tmp_path, step, 0)
+        mine = replace(job(tmp_path, 0, 1, step=step), keep=1)
+        assert exception(Save(mine).committed) is None
+        assert whole_steps(tmp_path) == [step]
+    left = {path.name.split(".")[0] for path in tmp_path.glob("*.partial")}
+    assert left == {"step_00000001", "step_00000002", "step_00000009"}
+    for path in tmp_path.glob("*.partial"):
+        assert f"{path} could not be removed" in caplog.text
+
+
+def test_a_failure_after_the_rename_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(folder: Path, keep: int | None) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(folder))
+
+    prepare_folder(tmp_path, 1, 0)
+    monkeypatch.setattr(writing, "retain", refuse)
+    assert exception(Save(job(tmp_path, 0, 1)).committed) is None
+    assert whole_steps(tmp_path) == [1]
+    assert "Stale file handle" in caplog.text
+    assert str(step_path(tmp_path, 1)) in caplog.text
 
 
 def test_a_disk_that_is_too_full_is_refused_with_both_figures(tmp_path: Path) -> None:
@@ -193,8 +251,10 @@ def test_names_are_on_the_disk_before_they_are_relied_on(
 
     monkeypatch.setattr(writing, "sync_folder", spy_sync)
     monkeypatch.setattr(writing, "write_durably", spy_write)
-    prepare_folder(tmp_path, 1, 0)
-    mine = job(tmp_path, 0, 1)
+    folder = tmp_path / "run" / "checkpoints"
+    prepare_folder(folder, 1, 0)
+    assert calls == ["sync run"]
+    mine = job(folder, 0, 1)
     write_rank(mine)
     writing.commit(mine, threading.Event())
-    assert calls[-3:] == ["manifest.json", f"sync {mine.partial.name}", f"sync {tmp_path.name}"]
+    assert calls[-3:] == ["manifest.json", f"sync {mine.partial.name}", "sync checkpoints"]
