@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,8 +20,6 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from ring_train.model.documents import make_documents
 from ring_train.model.mtp import MtpBlock
@@ -73,7 +70,6 @@ class HybridLanguageModel(MegatronModule):
         super().__init__(config)
         model = plan.config.model
         self.plan, self.groups, self.vp_stage = plan, groups, vp_stage
-        self.tp_group = groups.tp
         self.model_type = ModelType.encoder_or_decoder  # read by megatron's schedules
         stage = (vp_stage or 0) * plan.mesh.pp + groups.pp.rank()
         self.pre_process = stage == 0
@@ -207,47 +203,3 @@ class HybridLanguageModel(MegatronModule):
         if self.config.sequence_parallel:
             mask = mask.chunk(self.groups.tp.size())[self.groups.tp.rank()]
         return mask[None]
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
-    ) -> ShardedStateDict:
-        """Return megatron's sharded state dict; keys are global and free of the layout."""
-        assert not sharded_offsets
-        assert metadata is not None
-        state = super().sharded_state_dict(prefix, (), metadata)
-        if self.has_mtp:
-            state = {k: v for k, v in state.items() if not k.startswith(f"{prefix}mtp.")}
-            for depth, layer in enumerate(self.mtp.layers):
-                state |= _module_state(
-                    layer, f"{prefix}mtp.layers.{depth}.", metadata, self.tp_group
-                )
-        if self.has_mtp and not self.pre_process:
-            key = f"{prefix}embedding.word_embeddings.weight"
-            state[key] = make_tp_sharded_tensor_for_checkpoint(
-                tensor=self.shared_embedding_or_output_weight(),
-                key=key,
-                replica_id=(1, 0, metadata["dp_cp_group"].rank()),
-                allow_shape_mismatch=True,
-                tp_group=self.tp_group,
-                dp_cp_group=metadata["dp_cp_group"],
-            )
-        return state
-
-
-def _module_state(
-    module: torch.nn.Module, prefix: str, metadata: dict, tp_group: torch.distributed.ProcessGroup
-) -> ShardedStateDict:
-    """Return the sharded state of the children of a plain module (which has no parameters)."""
-    state: ShardedStateDict = {}
-    for name, child in module.named_children():
-        state |= sharded_state_dict_default(
-            child,
-            f"{prefix}{name}.",
-            (),  # pyrefly: ignore[bad-argument-type]  # megatron's own default
-            metadata,
-            tp_group=tp_group,
-        )
-    return state

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from ring_train.ops.norm import gated_group_norm, rms_norm
 
@@ -61,20 +59,3 @@ class GatedGroupNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Return groupnorm(x) * sigmoid(gate); x and gate are [t, n*d/tp]."""
         return gated_group_norm(x, gate, self.weight, num_groups=self.num_groups, eps=self.eps)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
-    ) -> ShardedStateDict:
-        """Return the checkpoint entry of the weight: one channel slice per TP rank."""
-        assert metadata is not None
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )

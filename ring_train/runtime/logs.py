@@ -9,11 +9,8 @@ import sys
 from tqdm import tqdm
 
 PACKAGE = "ring_train"
-NOISY = (
-    "megatron.core.dist_checkpointing.strategies.torch",
-    "megatron.core.distributed.distributed_data_parallel",
-)
-"""Loggers that warn at every run of what is meant: synchronous saves, a parameter layout of DDP."""
+NOISY = ("megatron.core.distributed.distributed_data_parallel",)
+"""Loggers that warn at every run of what is meant: a parameter layout of DDP."""
 
 
 class _RankFilter(logging.Filter):
