@@ -5,7 +5,7 @@ each rank starts its segments from nothing, and what an earlier segment leaves t
 state times a constant. Softmax attention gathers keys and values of the row (few heads, with GQA)
 and keeps its queries; gradients of keys and values are summed back to the ranks that own them.
 
-Both are exact for documents that are cut anywhere. Sums run in the order of the row on every rank.
+Both are exact for documents that are cut anywhere. Sums over ranks are fp32 or above.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _sum_segments(
     segments: torch.Tensor, row: ContextRow, group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:
     """Return this rank's [own, ...] of the sum over ranks of [segments, ...]."""
-    own = segments.new_empty(len(row.own), *segments.shape[1:])
-    by_rank = segments[list(row.by_rank)].contiguous()
+    by_rank = segments[list(row.by_rank)].to(compute_dtype(segments.dtype))
+    own = by_rank.new_empty(len(row.own), *by_rank.shape[1:])
     torch.distributed.reduce_scatter_tensor(own, by_rank, group=group)
-    return own
+    return own.to(segments.dtype)

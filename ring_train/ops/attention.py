@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ring_train.ops.documents import document_indices, document_lengths
 from ring_train.ops.precision import compute_dtype
@@ -60,12 +60,28 @@ def piece_attention(
     """
     if sum(stop - start for start, stop, _ in pieces) != q.shape[0]:
         raise ValueError(f"pieces={pieces} are not the {q.shape[0]} queries; see the docstring")
-    outputs, first = [], 0
-    for start, stop, document_start in pieces:
-        query = q[first : first + stop - start]
-        outputs.append(_attend(query, k[document_start:stop], v[document_start:stop], scale))
-        first += stop - start
+    queries = q.split([stop - start for start, stop, _ in pieces])
+    outputs = []
+    for run in _adjacent(pieces):
+        # One slice for many documents: the backward of a slice fills a tensor of the whole row.
+        first, end = run[0][2], run[-1][1]
+        lengths = [stop - document_start for _, stop, document_start in run]
+        for key, value in zip(
+            k[first:end].split(lengths), v[first:end].split(lengths), strict=True
+        ):
+            outputs.append(_attend(queries[len(outputs)], key, value, scale))
     return torch.cat(outputs)
+
+
+def _adjacent(pieces: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Return pieces in runs whose keys lie end to end."""
+    runs: list[list[tuple[int, int, int]]] = []
+    for piece in pieces:
+        if runs and piece[2] == runs[-1][-1][1]:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
 
 
 def _attend(
@@ -76,12 +92,22 @@ def _attend(
 ) -> Float[Tensor, "t_own n d"]:
     """Return causal attention where the last query sees every key."""
     causal = q.shape[0] == k.shape[0]
-    mask = None if causal else causal_lower_right(q.shape[0], k.shape[0])
+    mask = None if causal else _lower_right(q.shape[0], k.shape[0])
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
     return output[0].transpose(0, 1)
+
+
+def _lower_right(num_queries: int, num_keys: int) -> Tensor:
+    """Return a causal mask where the last query sees the last key, without elements.
+
+    torch's `causal_lower_right` (2.11) allocates 8 bytes for each pair of query and key beside it.
+    """
+    mask = Tensor.__new__(CausalBias)
+    CausalBias.__init__(mask, CausalVariant.LOWER_RIGHT, num_queries, num_keys)
+    return mask
 
 
 def document_attention_reference(
