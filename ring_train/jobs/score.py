@@ -18,6 +18,13 @@ from ring_train.plan import Plan, make_plan
 from ring_train.plan.context import row_unit
 from ring_train.runtime.errors import run_job
 
+NO_TRAINING = {
+    "use_distributed_optimizer": False,
+    "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
+}
+"""Parallel keys that are left aside: nothing is updated."""
+
 
 def main(overrides: list[str]) -> None:
     """Score the prompts that the overrides name."""
@@ -74,9 +81,10 @@ def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Pla
         model=dataclasses.replace(
             model, max_position_embeddings=max(length, model.max_position_embeddings)
         ),
-        parallel=dataclasses.replace(parallel, use_distributed_optimizer=False),
+        parallel=dataclasses.replace(parallel, **NO_TRAINING),
     )
     base.train.precision = config.precision
+    base.train.eval_interval_steps = 0
     base.train.seq_length, base.train.micro_batch_size = length, 1
     model_ranks = tp * parallel.pipeline_model_parallel_size * cp
     dp = max(world_size // max(model_ranks, 1), 1)

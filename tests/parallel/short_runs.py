@@ -5,6 +5,7 @@ Imports of torch and megatron sit in functions, so that collecting the tests is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,7 @@ def relative_errors(tensors: Tensors, reference: Tensors) -> dict[str, float]:
         name: float((tensor.double() - reference[name].double()).norm() / reference[name].norm())
         for name, tensor in tensors.items()
     }
+    assert not any(map(math.isnan, errors.values())), f"NaN in {errors}"
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 

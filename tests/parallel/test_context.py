@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -196,8 +197,10 @@ def exchanged_bytes(tokens: int) -> dict[str, int]:
     with (
         mock.patch.object(dist, "all_gather_into_tensor", counting(dist.all_gather_into_tensor)),
         mock.patch.object(dist, "reduce_scatter_tensor", counting(dist.reduce_scatter_tensor)),
-        mock.patch.multiple(dist, **dict.fromkeys(others, refuse)),
+        contextlib.ExitStack() as stack,
     ):
+        for name in others:
+            stack.enter_context(mock.patch.object(dist, name, refuse))
         out = context_lightning_attention(
             q,
             k,

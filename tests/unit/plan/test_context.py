@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ring_train.plan import PlanError
 from ring_train.plan.context import (
     context_problems,
     make_context_row,
@@ -28,10 +29,14 @@ def rows(draw: st.DrawFn) -> tuple[list[int], int]:
 def test_ranks_hold_every_token_once_and_equally_many(row: tuple[list[int], int]) -> None:
     boundaries, cp = row
     held = [
-        [token for start, stop in own_tokens(boundaries[-1], cp, rank) for token in range(start, stop)]
+        [
+            token
+            for start, stop in own_tokens(boundaries[-1], cp, rank)
+            for token in range(start, stop)
+        ]
         for rank in range(cp)
     ]
-    assert sorted(sum(held, [])) == list(range(boundaries[-1]))
+    assert sorted(token for tokens in held for token in tokens) == list(range(boundaries[-1]))
     assert {len(tokens) for tokens in held} == {boundaries[-1] // cp}
 
 
@@ -90,17 +95,12 @@ def test_the_order_of_ranks_is_the_order_in_which_they_hold_segments() -> None:
         (15, 1, 2, "is not divisible by parallel.tensor_model_parallel_size=2.*multiple of 2"),
     ],
 )
-def test_a_row_that_does_not_divide_is_refused(
-    tokens: int, cp: int, tp: int, message: str
-) -> None:
+def test_a_row_that_does_not_divide_is_refused(tokens: int, cp: int, tp: int, message: str) -> None:
     problems = context_problems(f"train.seq_length={tokens}", tokens, cp, tp)
     assert len(problems) == 1
-    pytest.raises(ValueError, _raise, problems[0]).match(message)
+    with pytest.raises(PlanError, match=message):
+        raise PlanError(problems)
     assert context_problems("train.seq_length=n", row_unit(cp, tp), cp, tp) == []
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
 
 
 def test_lengths_are_consistent_with_boundaries() -> None:
