@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-unit test-crash test-hf457 bench-data lint check
+.PHONY: help install demo test test-unit test-crash test-layouts test-hf457 bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,13 +39,16 @@ demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generat
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(PYTEST) -n 2 tests/unit tests/repo
-	$(PYTEST) -n 2 tests/parallel tests/e2e tests/crash
+	$(PYTEST) -n 2 tests/parallel tests/layouts tests/e2e tests/crash
 
 test-unit: $(INSTALLED)  ## tests in one process
 	$(PYTEST) -n 2 tests/unit
 
-test-crash: $(INSTALLED)  ## kill -9 of tokenization at random moments, 50 times
-	CRASH_KILLS=50 $(PYTEST) tests/crash
+test-crash: $(INSTALLED)  ## kill -9 of tokenization and of saves at random moments, 100 times each
+	CRASH_KILLS=100 $(PYTEST) --timeout 3000 tests/crash
+
+test-layouts: $(INSTALLED)  ## compare every kind of layout with one rank, try all mutants, write docs/layouts.md
+	ALL_LAYOUTS=1 $(PYTEST) --timeout 400 tests/layouts
 
 bench-data: $(INSTALLED)  ## data pipeline against other tools; MEGATRON_LM=DIR adds its scripts
 	$(PYTHON) bench/data.py
@@ -66,4 +69,4 @@ lint: $(INSTALLED)  ## format, lint, types and import layers
 	.venv/bin/lint-imports
 
 check: lint  ## what a change must pass
-	$(PYTEST) -n 2 tests/unit tests/parallel tests/repo
+	$(PYTEST) -n 2 tests/unit tests/parallel tests/layouts tests/repo

@@ -36,3 +36,6 @@ class ParallelConfig:
     """Layers of a group (uniform) or of each stage (block), for full recomputation."""
     recompute_modules: list[str] = field(default_factory=list)
     """Parts of a layer, for selective recomputation: core_attn, mlp, moe, shared_experts."""
+
+    allow_uncertified: bool = False
+    """Run kinds of layout that were never compared with one rank, see docs/layouts.md."""

@@ -8,6 +8,7 @@ from typing import Any
 from ring_train.config import Architecture, Config, DomainConfig, ModelConfig, ScoreFunction
 from ring_train.plan.batch import BatchPlan, schedule_problems
 from ring_train.plan.cost import Cost, make_cost
+from ring_train.plan.coverage import coverage_problems
 from ring_train.plan.fields import passthrough_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
 from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
@@ -69,6 +70,9 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *passthrough_problems(config.model.megatron),
         *run_problems(config),
     ]
+    if problems:
+        raise PlanError(problems)
+    problems = coverage_problems(config, mesh)
     if problems:
         raise PlanError(problems)
     layers = make_layers(config.model)

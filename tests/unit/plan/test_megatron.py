@@ -69,9 +69,10 @@ def test_megatron_keeps_every_value_it_is_given(words: list[str], precision: str
 
 
 def test_passed_through_fields_arrive() -> None:
-    plan = make_plan(tiny("model.megatron.distribute_saved_activations=false"), 1)
+    uncertified = "parallel.allow_uncertified=true"
+    plan = make_plan(tiny("model.megatron.distribute_saved_activations=false", uncertified), 1)
     assert make_transformer_config(plan).distribute_saved_activations is False
-    plan = make_plan(tiny("model.megatron.barrier_with_L1_time=false"), 1)
+    plan = make_plan(tiny("model.megatron.barrier_with_L1_time=false", uncertified), 1)
     assert make_transformer_config(plan).barrier_with_L1_time is False
 
 
