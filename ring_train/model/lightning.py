@@ -74,7 +74,7 @@ class LightningAttention(SelfAttention):
             tp_group=pg_collection.tp,
         )
         self.gate_norm = GatedGroupNorm(
-            config, heads * model.kv_channels, model.group_norm_size // tp, pg_collection.tp
+            config, heads * model.kv_channels, model.group_norm_size // tp
         )
         slopes = decay_slopes(
             model.num_attention_heads,

@@ -36,7 +36,6 @@ class GatedGroupNorm(torch.nn.Module):
         config: megatron's config (dtype of the weight).
         channels: channels on this rank, n*d/tp.
         num_groups: norm groups on this rank, group_norm_size/tp.
-        tp_group: the tensor-parallel group that holds the other channels.
     """
 
     def __init__(
@@ -44,12 +43,10 @@ class GatedGroupNorm(torch.nn.Module):
         config: TransformerConfig,
         channels: int,
         num_groups: int,
-        tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
         self.num_groups = num_groups
-        self.tp_group = tp_group
         weight: Any = torch.nn.Parameter(torch.ones(channels, dtype=config.params_dtype))
         weight.tensor_model_parallel = True  # counted on every TP rank in the gradient norm
         weight.partition_dim = 0  # read by tensors.py
