@@ -18,7 +18,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import hypothesis
 import pytest
+
+# Examples take as long as a shared machine lets them; pytest's timeout bounds the whole.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 DEFAULT_TIMEOUT_S = 120.0
 GRACE_S = 1.0
