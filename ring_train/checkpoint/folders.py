@@ -55,8 +55,12 @@ def newest_step(folder: Path) -> int | None:
     return None
 
 
-def find_checkpoint(folder: Path) -> Path:
+def find_checkpoint(folder: Path, key: str) -> Path:
     """Return the folder of a checkpoint: `folder`, or the newest one of a run folder.
+
+    Args:
+        folder: of a checkpoint or a run.
+        key: what the person called it, for the message.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -68,7 +72,7 @@ def find_checkpoint(folder: Path) -> Path:
     newest = newest_step(checkpoints) if whole_steps(checkpoints) else None
     if newest is None:
         raise CheckpointError(
-            f"checkpoint={folder} is neither a complete checkpoint nor a run folder with one; "
+            f"{key}={folder} is neither a complete checkpoint nor a run folder with one; "
             "name RUN_DIR or RUN_DIR/checkpoints/step_00000100"
         )
     return step_path(checkpoints, newest)

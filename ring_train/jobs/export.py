@@ -29,7 +29,7 @@ def main(overrides: list[str]) -> None:
 
     from ring_train.checkpoint import find_checkpoint
 
-    folder = find_checkpoint(Path(config.checkpoint))
+    folder = find_checkpoint(Path(config.checkpoint), "checkpoint")
     plan = export_plan(folder, config)
     export(plan, folder, config)
 

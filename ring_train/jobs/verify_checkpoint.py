@@ -21,7 +21,7 @@ def main(overrides: list[str]) -> None:
     from ring_train.checkpoint.manifest import read_manifest
     from ring_train.checkpoint.reading import tensor_digests
 
-    folder = find_checkpoint(Path(config.folder))
+    folder = find_checkpoint(Path(config.folder), "folder")
     manifest = read_manifest(folder)
     digests = tensor_digests(folder, manifest)
     lines = [f"{digest}  {key}\n" for key, digest in sorted(digests.items())]

@@ -47,13 +47,15 @@ def test_retention_keeps_the_newest_whole_ones_and_leaves_damaged_ones(tmp_path:
 
 def test_a_run_folder_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    with pytest.raises(CheckpointError, match="neither a complete checkpoint nor a run folder"):
-        find_checkpoint(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"folder=.* is neither a complete checkpoint nor a run folder"
+    ):
+        find_checkpoint(tmp_path, "folder")
     for step in (1, 2):
         write_checkpoint(step_path(folder, step), step)
-    assert find_checkpoint(tmp_path) == step_path(folder, 2)
-    assert find_checkpoint(step_path(folder, 1)) == step_path(folder, 1)
+    assert find_checkpoint(tmp_path, "folder") == step_path(folder, 2)
+    assert find_checkpoint(step_path(folder, 1), "folder") == step_path(folder, 1)
     (step_path(folder, 2) / NAME).unlink()
     for damaged in (tmp_path, step_path(folder, 2)):
         with pytest.raises(CheckpointError, match=f"{NAME} is missing"):
-            find_checkpoint(damaged)
+            find_checkpoint(damaged, "folder")
