@@ -1,6 +1,7 @@
 """Shapes of chat templates, each with a tokenizer folder, and runs of tokenization on them."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from data_pipeline.chat.encoder import ChatEncoder, open_chat_encoder
 from data_pipeline.chat.options import ChatOptions
 from data_pipeline.special_tokens import CHAT_TEMPLATE
 from data_pipeline.tokenize import Tokenize, tokenize
+from data_pipeline.train_tokenizer import TrainTokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[4]
 LING = ROOT.parent / "shared/tokenizer/ling_chat/tokenizer_config.json"
@@ -67,6 +69,19 @@ FURTHER_TOKENS = (
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 NUM_TOKENS = 340
+
+
+def write_shapes(root: Path) -> dict[str, Path]:
+    """Return shape -> folder; their merges join newlines, as those of real vocabularies do."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abc 12\n", k=rng.randrange(2, 6))) for _ in range(300)]
+    texts = ["\n\n".join(rng.choices(words, k=30)) for _ in range(300)]
+    records = [{"id": str(n), "text": text, "domain": "d"} for n, text in enumerate(texts)]
+    write_lines(root / "text.jsonl", records)
+    base = root / "base"
+    arguments = {"input": str(root / "text.jsonl"), "output": str(base)}
+    train_tokenizer(TrainTokenizer(vocab_size=NUM_TOKENS, **arguments))
+    return {name: write_shape(base, root / name, text) for name, (text, _) in SHAPES.items()}
 
 
 def write_shape(base: Path, folder: Path, template: str) -> Path:
