@@ -17,6 +17,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.model.context import context_softmax_attention
+from ring_train.model.decoding import KeyValueCache
 from ring_train.model.documents import Documents
 from ring_train.ops.attention import document_attention
 from ring_train.ops.rope import apply_partial_rope
@@ -86,9 +87,17 @@ class GroupedQueryAttention(SelfAttention):
         query = apply_partial_rope(query.squeeze(1), cos, sin)  # [t/cp, n/tp, d]
         key = apply_partial_rope(key.squeeze(1), cos, sin)  # [t/cp, g/tp, d]
         core = partial(self.core_attention, documents=packed_seq_params)
+        if packed_seq_params.decoding is not None:
+            cache: KeyValueCache = packed_seq_params.decoding.caches[self.layer_number]
+            scale = self.core_attention.scale
+            core = partial(cache.attend, documents=packed_seq_params, scale=scale)
         inputs = query, key, value.squeeze(1)
         if self.checkpoint_core_attention and self.training:
             out = checkpoint(core, False, *inputs)
         else:
             out = core(*inputs)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+    def build_cache(self, num_slots: int) -> KeyValueCache:
+        """Return an empty cache for this layer."""
+        return KeyValueCache(num_slots)

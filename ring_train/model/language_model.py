@@ -7,7 +7,7 @@ normalisation belongs to the training step, which knows the global counts.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import tensor_parallel
@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ring_train.model.documents import make_documents
+from ring_train.model.documents import Documents, make_documents
 from ring_train.model.mtp import MtpBlock
 from ring_train.model.norm import RMSNorm
 from ring_train.model.specs import make_layer_spec
@@ -29,25 +29,41 @@ from ring_train.ops.rope import rotary_angles
 from ring_train.plan import Phase, Plan
 
 
-class PackedRow(Protocol):
-    """What the forward reads of a micro batch (`ring_train.data.batch.Batch` provides it)."""
+class PackedTokens(Protocol):
+    """What the layers read of a row of t tokens."""
 
     tokens: torch.Tensor
     """[t] int64."""
-    labels: torch.Tensor
-    """[t] int64, the next token within the document."""
     position_ids: torch.Tensor
     """[t] int64, 0 at the start of every document."""
+    padding_mask: torch.Tensor
+    """[t] bool, True where the token is padding."""
+    num_padding: int
+    """How many are."""
+
+
+class PackedRow(PackedTokens, Protocol):
+    """What the forward reads of a micro batch (`ring_train.data.batch.Batch` provides it)."""
+
+    labels: torch.Tensor
+    """[t] int64, the next token within the document."""
     cu_seqlens: torch.Tensor
     """[n_docs + 1] int32."""
     mtp_tokens: torch.Tensor
     """[depths, t] int64, the token k further on."""
     mtp_labels: torch.Tensor
     """[depths, t] int64, the token k + 1 further on."""
-    padding_mask: torch.Tensor
-    """[t] bool, True where the token is padding."""
-    num_padding: int
-    """How many are."""
+
+
+class LayerInputs(NamedTuple):
+    """What every layer reads beside the hidden states."""
+
+    angles: torch.Tensor
+    """[2, t, rotary_dim] fp32: cos and sin of every token's angles."""
+    documents: Documents
+    """Boundaries of the row."""
+    padding_mask: torch.Tensor | None
+    """[1, t/sp] bool, True where padding; None where there is none."""
 
 
 class HybridLanguageModel(MegatronModule):
@@ -139,36 +155,62 @@ class HybridLanguageModel(MegatronModule):
             batch: one micro batch as a packed row of t tokens, on this rank's device; under
                 context parallelism this rank's tokens of it, with the boundaries of the whole.
         """
-        model = self.plan.config.model
         cp_group = self.groups.cp
         documents = make_documents(batch.cu_seqlens, cp_group.size(), cp_group.rank())
-        angles = torch.stack(
-            rotary_angles(
-                batch.position_ids,
-                int(model.kv_channels * model.rotary_percent),
-                self.rotary_base,
-                dtype=torch.promote_types(self.config.params_dtype, torch.float32),
-                yarn=self._yarn(),
-            )
-        )  # [2, t, rotary_dim] fp32
-        padding_mask = self._padding_mask(batch)
-        hidden = self.embed(batch.tokens) if self.pre_process else None
-        hidden = self.decoder(
-            hidden,
-            attention_mask=None,
-            rotary_pos_emb=angles,
-            packed_seq_params=documents,
-            padding_mask=padding_mask,
-        )  # [t/sp, 1, h]
+        inputs = self.layer_inputs(batch, documents)
+        hidden = self.hidden_states(batch.tokens, inputs)
         if not self.post_process:
             return hidden
         losses = [self.token_losses(hidden, batch.labels)]
         if self.has_mtp:
             for depth, layer in enumerate(self.mtp.layers):
                 embedding = self.embed(batch.mtp_tokens[depth])
-                hidden = layer(hidden, embedding, angles, documents, padding_mask)
+                hidden = layer(hidden, embedding, *inputs)
                 losses.append(self.token_losses(hidden, batch.mtp_labels[depth]))
         return torch.stack(losses)
+
+    def layer_inputs(self, row: PackedTokens, documents: Documents) -> LayerInputs:
+        """Return what every layer reads beside the hidden states of a row."""
+        model = self.plan.config.model
+        angles = rotary_angles(
+            row.position_ids,
+            int(model.kv_channels * model.rotary_percent),
+            self.rotary_base,
+            dtype=torch.promote_types(self.config.params_dtype, torch.float32),
+            yarn=self._yarn(),
+        )
+        return LayerInputs(torch.stack(angles), documents, self._padding_mask(row))
+
+    def hidden_states(self, tokens: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """Return what the layers of this stage make of a row: [t/sp, 1, h].
+
+        After the final norm on the last stage. The first stage begins with the tokens [t], others
+        with what `set_input_tensor` got.
+        """
+        return self.decoder(
+            self.embed(tokens) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=inputs.angles,
+            packed_seq_params=inputs.documents,
+            padding_mask=inputs.padding_mask,
+        )
+
+    def next_token_logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits [m, v] fp32 (fp64) after m tokens of a row, on every rank of tp.
+
+        Collective over tp; on the last stage only, without gradients.
+
+        Args:
+            hidden: [t/sp, 1, h], of `hidden_states`.
+            tokens: [m] int64, places in the row.
+        """
+        group = self.groups.tp
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+        weight: Any = self.output_layer.weight  # None only where layers share one
+        logits = torch.nn.functional.linear(hidden[tokens, 0], weight)
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def enter_phase(self, phase: Phase) -> None:
         """Use the position embedding of a phase from the next forward on."""
@@ -195,11 +237,11 @@ class HybridLanguageModel(MegatronModule):
         )
         return loss.squeeze(1)
 
-    def _padding_mask(self, batch: PackedRow) -> torch.Tensor | None:
+    def _padding_mask(self, row: PackedTokens) -> torch.Tensor | None:
         """Return [1, t/sp] bool, True where padding, for this rank's part of the sequence."""
-        if not batch.num_padding:
+        if not row.num_padding:
             return None
-        mask = batch.padding_mask
+        mask = row.padding_mask
         if self.config.sequence_parallel:
             mask = mask.chunk(self.groups.tp.size())[self.groups.tp.rank()]
         return mask[None]

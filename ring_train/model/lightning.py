@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.config import ModelConfig
 from ring_train.model.context import context_lightning_attention
+from ring_train.model.decoding import StateCache
 from ring_train.model.documents import Documents
 from ring_train.model.norm import GatedGroupNorm
 from ring_train.ops.decay import decay_slopes
@@ -120,6 +121,9 @@ class LightningAttention(SelfAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
         """Return [t/cp, n/tp, d] from query, key and value of that shape."""
+        if documents.decoding is not None:
+            cache: StateCache = documents.decoding.caches[self.layer_number]
+            return cache.attend(query, key, value, self.slopes, documents=documents)
         if documents.context is not None:
             return context_lightning_attention(
                 query,
@@ -139,3 +143,7 @@ class LightningAttention(SelfAttention):
             lengths=documents.lengths,
         )
         return out
+
+    def build_cache(self, num_slots: int) -> StateCache:
+        """Return an empty cache for this layer."""
+        return StateCache(num_slots)

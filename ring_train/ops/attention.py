@@ -73,6 +73,44 @@ def piece_attention(
     return torch.cat(outputs)
 
 
+def cached_attention(
+    q: Float[Tensor, "b n d"],
+    k: Float[Tensor, "b l g d"],
+    v: Float[Tensor, "b l g d"],
+    *,
+    lengths: Int[Tensor, " b"],
+    scale: float | None = None,
+) -> Float[Tensor, "b n d"]:
+    """Return the attention of one query per sequence to that sequence's cached keys.
+
+    What lies in a cache behind the end of its sequence has no weight, but must be finite.
+
+    Args:
+        q: queries.
+        k: keys of fewer heads, the query's own among them.
+        v: values.
+        lengths: keys of each sequence, 1 to l.
+        scale: of the scores, default d ** -0.5.
+    """
+    b, n, d = q.shape
+    heads = k.shape[2]
+    if k.shape != v.shape or k.shape[::3] != (b, d) or n % heads:
+        raise ValueError(
+            f"q={tuple(q.shape)}, k={tuple(k.shape)}, v={tuple(v.shape)} are not [b, n, d], "
+            "[b, l, g, d], [b, l, g, d] with n a multiple of g; see the docstring"
+        )
+    visible = torch.arange(k.shape[1], device=q.device) < lengths[:, None]  # [b, l]
+    # The queries of a group are rows of one product: they share its keys.
+    output = F.scaled_dot_product_attention(
+        q.view(b, heads, n // heads, d),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=visible[:, None, None, :],
+        scale=scale,
+    )
+    return output.reshape(b, n, d)
+
+
 def _adjacent(pieces: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
     """Return pieces in runs whose keys lie end to end."""
     runs: list[list[tuple[int, int, int]]] = []
