@@ -224,7 +224,8 @@ def _problem(save: Save, error: BaseException | None) -> str | None:
 def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCollection) -> None:
     """Load the weights and expert biases of a checkpoint, saved under any layout.
 
-    Weights of another precision are converted. Collective over all ranks.
+    Weights of another precision are converted, MTP depths that the model lacks are left out.
+    Collective over all ranks.
 
     Raises:
         CheckpointError: no complete checkpoint, a damaged one, or one of another model, and the
@@ -234,7 +235,7 @@ def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCol
     def plan_load() -> tuple[Manifest, list[Copy]]:
         manifest = read_manifest(folder)
         read_checked(folder, manifest, CONFIG_FILE)
-        check_same_model(folder / CONFIG_FILE, plan.config.model)
+        check_same_model(folder / CONFIG_FILE, plan.config.model, weights_only=True)
         weights = held_weights(model, groups)
         return manifest, plan_copies(folder, manifest, weights, same_dtype=False)
 

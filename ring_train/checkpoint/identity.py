@@ -26,13 +26,19 @@ MAY_DIFFER = frozenset(
 """Fields that later stages of training change without changing what a weight means."""
 
 
-def check_same_model(config_file: Path, model: ModelConfig) -> None:
-    """Raise CheckpointError, naming every differing key, unless the models are the same."""
+def check_same_model(config_file: Path, model: ModelConfig, *, weights_only: bool = False) -> None:
+    """Raise CheckpointError, naming every differing key, unless the models are the same.
+
+    If only weights are wanted, the model may have fewer MTP depths.
+    """
     saved = read_yaml(config_file).model
+    may_differ = MAY_DIFFER
+    if weights_only and model.mtp_num_layers <= saved.mtp_num_layers:
+        may_differ = MAY_DIFFER | {"mtp_num_layers"}
     differing = [
         f"model.{f.name}={getattr(model, f.name)} (checkpoint: {getattr(saved, f.name)})"
         for f in fields(ModelConfig)
-        if f.name not in MAY_DIFFER and getattr(saved, f.name) != getattr(model, f.name)
+        if f.name not in may_differ and getattr(saved, f.name) != getattr(model, f.name)
     ]
     if differing:
         raise CheckpointError(

@@ -37,6 +37,8 @@ class LrDecayStyle(StrEnum):
     """Stays at `lr`."""
     cosine = auto()
     """Half a cosine from `lr` to `min_lr`, ending with the last step."""
+    linear = auto()
+    """A line from `lr` to `min_lr`, ending with the last step."""
     wsd = auto()
     """Stays at `lr`, then falls linearly to `min_lr` over the last `wsd_decay_steps` steps."""
 

@@ -4,6 +4,7 @@ Every failure is a ConfigError that names the key and, where a name is wrong, th
 Words are checked against the schema before Hydra sees them, because Hydra names no alternative.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ring_train.config.keys import Found, lookup_key, nearest
+from ring_train.config.model import ModelConfig
 from ring_train.config.root import (
     Config,
     DryRunConfig,
@@ -35,6 +37,7 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 ROOTS: dict[str, type] = {
     "pretrain": Config,
+    "sft": Config,
     "dry_run": DryRunConfig,
     "build_index": Config,
     "explain": ExplainConfig,
@@ -48,18 +51,21 @@ ROOTS: dict[str, type] = {
 
 
 OPTIONAL_GROUPS = {"experiment"}
+INITIAL_MODEL = "initial"
+"""Preset that exists while a run is composed around the model of its initial weights."""
 
 
 class ConfigError(UserError):
     """A word on the command line or a value in YAML that the schema does not allow."""
 
 
-def compose(root: str, overrides: list[str]) -> Any:
+def compose(root: str, overrides: list[str], model: ModelConfig | None = None) -> Any:
     """Return the typed root node `root` after applying `key=value` words.
 
     Args:
         root: name of a file in `conf/` and key of ROOTS.
         overrides: words of the command line, later ones win.
+        model: in place of a preset; words and experiments change its values as those of a preset.
 
     Raises:
         ConfigError: with all unknown words at once, else the first wrong value.
@@ -67,6 +73,10 @@ def compose(root: str, overrides: list[str]) -> Any:
     schema = ROOTS[root]
     words, entries = checked_words(schema, overrides)
     _register_schemas()
+    if model is not None:
+        node = dataclasses.asdict(model)
+        ConfigStore.instance().store(group="model", name=INITIAL_MODEL, node=node)
+        words.append(f"model={INITIAL_MODEL}")
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             node = hydra_compose(root, overrides=words)

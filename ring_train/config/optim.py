@@ -21,5 +21,7 @@ class OptimConfig:
     """Largest global gradient norm; 0 = no clipping."""
     lr_decay_style: LrDecayStyle
     lr_warmup_steps: int
+    lr_warmup_fraction: float | None = None
+    """Share of all steps, instead of lr_warmup_steps; null = count the steps."""
     wsd_decay_steps: int = 0
     """Steps of the final linear anneal of the wsd schedule."""

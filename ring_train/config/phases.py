@@ -19,13 +19,15 @@ class BatchRampConfig:
 class PhaseConfig:
     """One phase; null = what `train` and `model` say.
 
-    Its length is given either by `tokens`, an exact budget for each domain, or by `num_steps` with
-    `weights`.
+    Its length is given by `tokens`, an exact budget for each domain, by `num_steps` with `weights`,
+    or by `num_epochs`, with which a weight is a factor on the passes over a domain.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of each domain; domains left out are not read."""
     num_steps: int | None = None
+    num_epochs: float | None = None
+    """Passes over the domains with a weight above 0."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of the rows of each domain; empty = the weights in data.domains."""
     seq_length: int | None = None

@@ -16,7 +16,7 @@ from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
 @dataclass(kw_only=True)
 class Config:
-    """One pretraining run."""
+    """One training run."""
 
     model: ModelConfig
     parallel: ParallelConfig

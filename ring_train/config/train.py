@@ -10,7 +10,9 @@ class TrainConfig:
     """The training loop."""
 
     num_steps: int
-    """Optimizer steps of the whole run; the horizon of the schedule."""
+    """Optimizer steps of the whole run; the horizon of the schedule. 0 = follows from epochs."""
+    num_epochs: float | None = None
+    """Passes over every domain, times its weight; gives num_steps."""
     seq_length: int
     """Tokens of one packed row."""
     micro_batch_size: int

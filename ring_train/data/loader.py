@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ring_train.config import DomainConfig, Packing
+from ring_train.config import Config, DomainConfig, Packing
 from ring_train.data.batch import Batch, Row, make_batch
 from ring_train.data.errors import DataError
 from ring_train.data.index import IndexFolder
@@ -129,18 +129,13 @@ def build_batches(plan: Plan) -> Batches:
     config = plan.config
     if not config.data.domains:
         raise DataError("data.domains is empty, but training needs one; choose data=NAME")
-    expected = Expected(
-        tokenizer=config.data.tokenizer,
-        vocab_size=config.model.vocab_size,
-        eos_token_id=config.model.eos_token_id,
-    )
-    index = IndexFolder(Path(config.data.index_dir or Path(config.run_dir) / "index"))
+    expected, index = _expected(config), _index_folder(config)
     shards, streams = {}, {}
     for name in sorted(config.data.domains):
         shards[name] = open_shard(config.data.domains[name].path, expected)
         phases = [phase for phase in plan.phases if phase.shares[name]]
         if phases:
-            stream = _build_stream(plan, name, shards[name], index, phases[0].batch.seq_length)
+            stream = _build_stream(config, name, shards[name], index, phases[0].batch.seq_length)
             _check_rows(plan, name, stream, phases)
             streams[name] = stream
     mixture = Mixture(plan.phases, streams, index)
@@ -165,6 +160,33 @@ def build_batches(plan: Plan) -> Batches:
     return Batches(plan, mixture, shards, held_out)
 
 
+def open_streams(config: Config, seq_lengths: Mapping[str, int]) -> dict[str, DomainStream]:
+    """Return the streams of some domains for rows of the given lengths.
+
+    Raises:
+        DataError: a shard that does not fit, or of which nothing is selected.
+    """
+    expected, index = _expected(config), _index_folder(config)
+    return {
+        name: _build_stream(
+            config, name, open_shard(config.data.domains[name].path, expected), index, length
+        )
+        for name, length in sorted(seq_lengths.items())
+    }
+
+
+def _expected(config: Config) -> Expected:
+    return Expected(
+        tokenizer=config.data.tokenizer,
+        vocab_size=config.model.vocab_size,
+        eos_token_id=config.model.eos_token_id,
+    )
+
+
+def _index_folder(config: Config) -> IndexFolder:
+    return IndexFolder(Path(config.data.index_dir or Path(config.run_dir) / "index"))
+
+
 def _collate(plan: Plan, rows: Iterable[Row]) -> Batch:
     config = plan.config
     return make_batch(
@@ -187,12 +209,12 @@ def _check_rows(plan: Plan, name: str, stream: DomainStream, phases: list[Phase]
 
 
 def _build_stream(
-    plan: Plan, name: str, shard: Shard, index: IndexFolder, seq_length: int
+    config: Config, name: str, shard: Shard, index: IndexFolder, seq_length: int
 ) -> DomainStream:
-    domain, packing = plan.config.data.domains[name], plan.config.data.packing
+    domain, packing = config.data.domains[name], config.data.packing
     selection = Selection(domain.min_document_tokens, domain.max_document_tokens)
     _check_selection(name, domain, shard, selection)
-    seed = plan.config.seed
+    seed = config.seed
     if packing is Packing.contiguous:
         return ContiguousStream(name, shard, index, seed=seed, selection=selection)
     return PackedStream(

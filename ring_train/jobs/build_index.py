@@ -10,6 +10,7 @@ import sys
 import time
 
 from ring_train.config import Config, compose
+from ring_train.jobs.run_length import with_num_steps
 from ring_train.plan import make_plan, smallest_world
 from ring_train.runtime.errors import run_job
 
@@ -18,7 +19,7 @@ def main(overrides: list[str]) -> None:
     """Build the index of the run that the overrides describe and print its mixture."""
     config: Config = compose("build_index", overrides)
     world_size = int(os.environ.get("WORLD_SIZE", smallest_world(config.parallel)))
-    plan = make_plan(config, world_size)
+    plan = make_plan(with_num_steps(config), world_size)
 
     from ring_train.data.loader import build_batches
     from ring_train.jobs.mixture_table import mixture_table

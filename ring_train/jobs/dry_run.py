@@ -1,6 +1,7 @@
 """Print what a run would be: `python -m ring_train.jobs.dry_run model=PRESET [world_size=N]`.
 
-Starts no process group and imports neither torch nor megatron. Exits 0 for a legal plan and 2,
+Starts no process group and imports neither torch nor megatron (a run that is given in epochs reads
+its shards, and then torch is imported). Exits 0 for a legal plan and 2,
 with every problem on standard error, for an illegal one.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from ring_train.config import DryRunConfig, ParallelConfig, RecomputeMethod, compose
 from ring_train.errors import UserError
+from ring_train.jobs.run_length import with_num_steps
 from ring_train.plan import Phase, Plan, make_plan, plan_record, smallest_world
 
 USER_ERROR_STATUS = 2
@@ -25,7 +27,7 @@ def main(words: list[str]) -> int:
         world_size = config.world_size
         if world_size is None:
             world_size = smallest_world(config.parallel)
-        plan = make_plan(config, world_size)
+        plan = make_plan(with_num_steps(config), world_size)
         if config.json is not None:
             write_plan(plan, config.json)
     except UserError as error:

@@ -7,6 +7,7 @@ import os
 import sys
 
 from ring_train.config import Config, compose
+from ring_train.jobs.run_length import with_num_steps
 from ring_train.plan import make_plan
 from ring_train.runtime.errors import run_job
 
@@ -18,7 +19,7 @@ def main(overrides: list[str]) -> None:
 
 def pretrain(config: Config) -> None:
     """Plan, build, resume or initialise, and train to the end."""
-    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = make_plan(with_num_steps(config), int(os.environ.get("WORLD_SIZE", "1")))
 
     import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
     from ring_train.checkpoint import Checkpointer

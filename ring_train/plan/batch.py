@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
 
-from ring_train.config import Config, LrDecayStyle, ModelConfig
+from ring_train.config import ModelConfig
 from ring_train.plan.context import context_problems
 from ring_train.plan.mesh import Mesh
 
@@ -107,27 +107,3 @@ def context_tokens(model: ModelConfig, rotary_scaling_factor: float) -> int:
     """Return the longest sequence that the position embedding is meant for."""
     original = model.original_max_position_embeddings or model.max_position_embeddings
     return max(model.max_position_embeddings, int(original * rotary_scaling_factor))
-
-
-def schedule_problems(config: Config) -> list[str]:
-    """Return what is wrong with the learning-rate schedule."""
-    optim = config.optim
-    problems = []
-    if optim.min_lr > optim.lr:
-        problems.append(
-            f"optim.min_lr={optim.min_lr} exceeds the peak optim.lr={optim.lr}; lower min_lr"
-        )
-    anneal = optim.wsd_decay_steps
-    if optim.lr_decay_style is not LrDecayStyle.wsd:
-        if anneal:
-            problems.append(
-                f"optim.wsd_decay_steps={anneal} belongs to the wsd schedule, but "
-                f"optim.lr_decay_style={optim.lr_decay_style}; set it to 0 or choose wsd"
-            )
-        anneal = 0
-    if optim.lr_warmup_steps + anneal > config.train.num_steps:
-        problems.append(
-            f"optim.lr_warmup_steps={optim.lr_warmup_steps} + optim.wsd_decay_steps={anneal} "
-            f"exceed train.num_steps={config.train.num_steps}; shorten them or train longer"
-        )
-    return problems

@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from ring_train.config import Architecture, Config, DomainConfig, ModelConfig, ScoreFunction
-from ring_train.plan.batch import BatchPlan, schedule_problems
+from ring_train.plan.batch import BatchPlan
 from ring_train.plan.cost import Cost, make_cost
 from ring_train.plan.coverage import coverage_problems
 from ring_train.plan.fields import passthrough_problems
@@ -16,6 +16,7 @@ from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems,
 from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_problems
 from ring_train.plan.problems import PlanError
 from ring_train.plan.recompute import recompute_problems
+from ring_train.plan.schedule import schedule_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +125,13 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "train": ("eval_interval_steps", "eval_steps"),
     "optim": (
         *("min_lr", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
-        *("lr_warmup_steps", "wsd_decay_steps"),
+        *("lr_warmup_steps", "lr_warmup_fraction", "wsd_decay_steps"),
     ),
     "checkpoint": ("interval_steps",),
 }
 BELOW_OR_AT_ONE: dict[str, tuple[str, ...]] = {
     "model": ("rotary_percent",),
-    "optim": ("adam_beta1", "adam_beta2"),
+    "optim": ("adam_beta1", "adam_beta2", "lr_warmup_fraction"),
 }
 
 

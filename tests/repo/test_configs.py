@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ring_train.config import compose
+from ring_train.config import Config, compose
 from ring_train.config.composition import CONF_DIR, ROOTS, groups, presets
 from ring_train.jobs.dry_run import main
 from ring_train.plan import make_plan, smallest_world
@@ -15,12 +15,19 @@ RELEASED = {
     *("ling_1t", "ring_lite"),
 }
 FIXED_WORLDS = {"ring_flash_linear_512gpu": 512, "ring_mini_linear_16gpu": 16}
+NUM_STEPS = 100
+FINE_TUNED = {
+    **{"demo_sft": "small", "long_cot": "ring_mini_linear_2_0", "ring_lite_sft": "ring_lite"},
+    **{"long_cot_staged": "ring_lite", "ring_linear_sft": "ring_mini_linear_2_0"},
+}
+"""Experiments of `sft`, and a model that each is meant for."""
 REQUIRED = {
     "score": ["hf_dir=a", "prompts=b", "output=c"],
     "export": ["checkpoint=a", "output=b"],
     "generate": ["hf_dir=a", "prompt=b"],
     "reproduce": ["run=a"],
     "pretrain": ["model=tiny"],
+    "sft": ["model=tiny"],
     "dry_run": ["model=tiny"],
     "build_index": ["model=tiny"],
     "explain": ["run=a", "sample=0"],
@@ -46,8 +53,23 @@ def test_every_model_dry_runs(preset: str) -> None:
 
 @pytest.mark.parametrize("experiment", presets("experiment"))
 def test_every_experiment_plans(experiment: str) -> None:
-    config = compose("pretrain", [f"experiment={experiment}"])
+    words = [f"experiment={experiment}"]
+    if experiment in FINE_TUNED:
+        config = compose("sft", [*words, f"model={FINE_TUNED[experiment]}"])
+        make_any_length(config)
+    else:
+        config = compose("pretrain", words)
     make_plan(config, FIXED_WORLDS.get(experiment, smallest_world(config.parallel)))
+
+
+def make_any_length(config: Config) -> None:
+    """Give a run in epochs some steps: how many, only its shards know."""
+    if config.train.num_epochs:
+        config.train.num_epochs, config.train.num_steps = None, NUM_STEPS
+    for phase in config.phases.values():
+        assert phase.num_epochs
+        phase.num_epochs, phase.num_steps = None, NUM_STEPS
+        config.train.num_steps += NUM_STEPS
 
 
 @pytest.mark.parametrize(
@@ -64,6 +86,7 @@ def test_every_other_preset_plans(group: str, preset: str) -> None:
     if group == "train":
         words.append("optim=short")
     config = compose("pretrain", [*words, f"{group}={preset}"])
+    make_any_length(config)
     make_plan(config, smallest_world(config.parallel))
 
 

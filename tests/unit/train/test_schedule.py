@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +42,8 @@ def test_warm_up_is_linear_from_the_first_step_and_ends_at_the_peak(style: LrDec
 
 @pytest.mark.parametrize("style", LrDecayStyle)
 def test_without_warm_up_the_first_step_is_not_zero(style: LrDecayStyle) -> None:
-    assert rates(style, lr_warmup_steps=0)[0] == pytest.approx(LR, rel=0.01)
+    line = LR - (LR - MIN_LR) / NUM_STEPS
+    assert rates(style, lr_warmup_steps=0)[0] >= line - 1e-12
 
 
 def test_constant_stays_at_the_peak() -> None:
@@ -54,6 +56,22 @@ def test_cosine_falls_from_the_peak_to_the_minimum_at_the_last_step() -> None:
     assert found[len(found) // 2] == pytest.approx((LR + MIN_LR) / 2)
     assert found[-1] == pytest.approx(MIN_LR)
     assert found == sorted(found, reverse=True)
+
+
+def test_linear_falls_from_the_peak_to_the_minimum_at_the_last_step() -> None:
+    found = rates(LrDecayStyle.linear)[WARMUP - 1 :]
+    steps = np.diff(found)
+    assert found[0] == LR
+    assert found[-1] == pytest.approx(MIN_LR)
+    assert steps == pytest.approx(np.full(len(steps), (MIN_LR - LR) / len(steps)))
+
+
+@pytest.mark.parametrize(("fraction", "steps"), [(0.0, 0), (0.01, 1), (0.1, 2), (0.2, 4)])
+def test_a_warm_up_may_be_a_fraction_of_all_steps(fraction: float, steps: int) -> None:
+    style = LrDecayStyle.linear
+    assert rates(style, lr_warmup_steps=0, lr_warmup_fraction=fraction) == rates(
+        style, lr_warmup_steps=steps
+    )
 
 
 def test_wsd_is_constant_then_linear_to_the_minimum_at_the_last_step() -> None:

@@ -1,0 +1,122 @@
+"""Epochs turned into steps: the one number of a run that only its data knows.
+
+A run may be given as passes over its domains. What follows - steps, and rows of each domain - is
+written into the config before it is planned, so that a recorded run needs no shard to be planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from math import ceil, isfinite
+
+from ring_train.config import Config, PhaseConfig
+from ring_train.config.keys import nearest
+from ring_train.data.errors import DataError
+from ring_train.data.loader import open_streams
+from ring_train.plan.phases import ONLY_PHASE, Sizes, phase_sizes
+
+logger = logging.getLogger(__name__)
+
+
+def count_epochs(config: Config) -> Config:
+    """Return the config, which has epochs, with steps and rows of each domain in their place.
+
+    Each domain gives its rows times the epochs times its weight, rounded to whole rows; the last
+    step is filled from the next pass. Packings that are not in the index folder yet are built.
+
+    Raises:
+        DataError: epochs beside another length, epochs that are not positive, or shards that
+            `build_batches` would refuse.
+    """
+    problems = epoch_problems(config)
+    if problems:
+        raise DataError("\n".join(problems))
+    phases = {
+        sizes.name: _counted(config, sizes, phase)
+        for sizes, phase in zip(phase_sizes(config), _phases(config).values(), strict=True)
+    }
+    num_steps = config.train.num_steps
+    if all(phase.num_steps for phase in phases.values()):
+        num_steps = sum(phase.num_steps or 0 for phase in phases.values())
+    train = dataclasses.replace(config.train, num_steps=num_steps, num_epochs=None)
+    return dataclasses.replace(config, train=train, phases=phases)
+
+
+def epoch_problems(config: Config) -> list[str]:
+    """Return what is wrong with how epochs are given."""
+    problems = []
+    train = config.train
+    if train.num_epochs is not None:
+        if config.phases:
+            problems.append(
+                f"train.num_epochs={train.num_epochs} does not say which of the phases "
+                f"{', '.join(config.phases)} it is for; set phases.NAME.num_epochs"
+            )
+        if train.num_steps:
+            problems.append(
+                f"train.num_epochs={train.num_epochs} and train.num_steps={train.num_steps} both "
+                "give the length of the run; set train.num_steps=0 or train.num_epochs=null"
+            )
+    for name, phase in _phases(config).items():
+        path = f"phases.{name}" if config.phases else "train"
+        epochs = phase.num_epochs
+        if epochs is None:
+            continue
+        if not (epochs > 0 and isfinite(epochs)):
+            problems.append(f"{path}.num_epochs={epochs} is not positive; choose e.g. 3")
+        for key in ("tokens", "num_steps", "batch_ramp"):
+            if getattr(phase, key):
+                problems.append(
+                    f"{path}.num_epochs={epochs} and {path}.{key} exclude each other; remove one"
+                )
+    return problems
+
+
+def _phases(config: Config) -> dict[str, PhaseConfig]:
+    """Return the phases as they were given."""
+    only = PhaseConfig(num_epochs=config.train.num_epochs)
+    return config.phases or {ONLY_PHASE: only}
+
+
+def _counted(config: Config, sizes: Sizes, phase: PhaseConfig) -> PhaseConfig:
+    """Return a phase whose length is given in steps."""
+    if phase.num_epochs is None:
+        return phase
+    rows = _rows(config, sizes, phase.num_epochs)
+    total = sum(rows.values())
+    num_steps = ceil(total / sizes.global_batch_size)
+    logger.info(
+        "phase %s: %g epochs of %s = %d rows in %d steps",
+        *(sizes.name, phase.num_epochs),
+        *(", ".join(f"{name} ({count} rows)" for name, count in rows.items()), total, num_steps),
+    )
+    return dataclasses.replace(
+        phase,
+        num_epochs=None,
+        num_steps=num_steps,
+        weights={name: float(count) for name, count in rows.items()},
+    )
+
+
+def _rows(config: Config, sizes: Sizes, epochs: float) -> dict[str, int]:
+    """Return the rows that a phase reads of each of its domains."""
+    if sizes.seq_length < 1 or sizes.global_batch_size < 1:
+        raise DataError(
+            f"{sizes.path}.seq_length={sizes.seq_length} and {sizes.path}.global_batch_size="
+            f"{sizes.global_batch_size} must be positive for epochs to be counted"
+        )
+    unknown = sizes.weights.keys() - config.data.domains.keys()
+    if unknown:
+        name = min(unknown)
+        raise DataError(
+            f"{sizes.path}.weights.{name}: no such domain{nearest(name, config.data.domains)}"
+        )
+    lengths = {name: sizes.seq_length for name, weight in sizes.weights.items() if weight > 0}
+    if not lengths:
+        raise DataError(f"{sizes.path}: no domain has a weight above 0; give one a weight")
+    rows = {}
+    for name, stream in open_streams(config, lengths).items():
+        in_epoch = stream.epoch_length // stream.step(sizes.seq_length)
+        rows[name] = max(round(in_epoch * epochs * sizes.weights[name]), 1)
+    return rows
