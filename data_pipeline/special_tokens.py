@@ -5,7 +5,8 @@ Layout of a conversation (inclusionAI/Ling-V2, SFT tokenizer), without newlines 
     <role>SYSTEM</role>{system}\ndetailed thinking {on|off}<|role_end|>
     <role>HUMAN</role>{user}<|role_end|><role>ASSISTANT</role>{answer}<|role_end|>
 
-The template is ours, written from that description.
+The template is ours, written from that description; exported folders whose tokenizer has none get
+it as ring_train/hf/modeling/chat_template.jinja.
 """
 
 BOS = "<|startoftext|>"
@@ -78,6 +79,8 @@ CHAT_TEMPLATE = r"""
     {%- endif -%}
     {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' -}}
     {%- if loop.last or loop.nextitem.role != 'tool' -%}{{- '<|role_end|>' -}}{%- endif -%}
+  {%- else -%}
+    {{- raise_exception('role ' ~ message.role ~ ' is not system, user, assistant or tool') -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<role>ASSISTANT</role>' -}}{%- endif -%}

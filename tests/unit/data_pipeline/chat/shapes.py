@@ -55,7 +55,7 @@ FORGETFUL = STRIPPED.replace("not loop.last and", "")
 """Leaves reasoning out even of the last turn."""
 
 SHAPES = {
-    "demo": ((ROOT / "ring_train/hf/modeling/chat_template.jinja").read_text(), "<|role_end|>"),
+    "demo": ((Path(__file__).parent / "without_tools.jinja").read_text(), "<|role_end|>"),
     "ours": (CHAT_TEMPLATE, "<|role_end|>"),
     "chatml": (CHATML, "<|im_end|>"),
     "llama": (LLAMA, "<|eot_id|>"),

@@ -10,6 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from data_pipeline.chat.options import ChatFault, ChatOptions
 from data_pipeline.config import PipelineError
+from data_pipeline.special_tokens import CHAT_TEMPLATE
+from tests.repo.files import ROOT
 from tests.unit.data_pipeline.chat.shapes import encoder_of, messages_of, run, write_lines
 
 GOOD = {"messages": messages_of("hi", "ho")}
@@ -235,3 +237,9 @@ def test_a_tokenizer_that_begins_each_text_with_a_blank_is_refused(
     tokenizer.save(f"{folder}/tokenizer.json")
     with pytest.raises(PipelineError, match="format=chat encodes turns apart: give a tokenizer"):
         encoder_of(folder)
+
+
+def test_exports_ship_the_template_of_the_training_data() -> None:
+    """What a tokenizer of ours was trained with is what a folder without a template gets."""
+    shipped = ROOT / "ring_train/hf/modeling/chat_template.jinja"
+    assert shipped.read_text() == CHAT_TEMPLATE + "\n"
