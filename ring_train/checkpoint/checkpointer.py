@@ -19,7 +19,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.checkpoint.errors import CheckpointError
 from ring_train.checkpoint.folders import is_whole, newest_step, step_path, whole_steps
-from ring_train.checkpoint.identity import check_same_model, check_same_precision
+from ring_train.checkpoint.identity import (
+    check_same_adapters,
+    check_same_model,
+    check_same_precision,
+    has_adapters,
+)
 from ring_train.checkpoint.manifest import CONFIG_FILE, STATE_FILE, Manifest, read_manifest
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks, raise_first
 from ring_train.checkpoint.reading import (
@@ -43,6 +48,7 @@ from ring_train.checkpoint.tensors import (
 )
 from ring_train.checkpoint.writing import Save, SaveJob, prepare_folder, save_problem, snapshot
 from ring_train.config import to_yaml
+from ring_train.model.lora import is_adapter
 from ring_train.model.tensors import Shard
 from ring_train.plan import Plan
 from ring_train.runtime.device import local_device
@@ -120,7 +126,7 @@ class Checkpointer:
         nonce = from_rank_0(begin)
         if nonce is None:
             return target
-        num_updates = optimizer_step(optimizer)
+        num_updates = _on_any_rank(optimizer_step(optimizer))
         # No name here for the copies: only the save may keep them alive.
         self._running = Save(on_all_ranks(lambda: self._job(state, held, num_updates, nonce)))
         if not self.plan.config.checkpoint.async_save:
@@ -199,6 +205,7 @@ class Checkpointer:
         manifest = read_manifest(folder)
         read_checked(folder, manifest, CONFIG_FILE)
         check_same_model(folder / CONFIG_FILE, self.plan.config.model)
+        check_same_adapters(folder / CONFIG_FILE, self.plan.config.lora)
         check_same_precision(folder / CONFIG_FILE, self.plan.config.train)
         state, num_updates = read_state(folder, manifest)
         moments = new_moments(optimizer) if num_updates else {}
@@ -217,6 +224,13 @@ def _held_rng(state: torch.Tensor) -> Held:
     return Held(RNG_KEY, state, 0, tuple(state.shape), Shard(dim=0, world=1, rank=0), is_written)
 
 
+def _on_any_rank(num_updates: int) -> int:
+    """Return the updates made; a rank whose stage trains nothing has made none. Collective."""
+    most = torch.tensor(num_updates, device=local_device())
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def _problem(save: Save, error: BaseException | None) -> str | None:
     return None if error is None else save_problem(save.job.target, error)
 
@@ -224,20 +238,25 @@ def _problem(save: Save, error: BaseException | None) -> str | None:
 def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCollection) -> None:
     """Load the weights and expert biases of a checkpoint, saved under any layout.
 
-    Weights of another precision are converted, MTP depths that the model lacks are left out.
-    Collective over all ranks.
+    Weights of another precision are converted, MTP depths that the model lacks are left out, and
+    adapters of the model stay as they are if the checkpoint has none. Collective over all ranks.
 
     Raises:
-        CheckpointError: no complete checkpoint, a damaged one, or one of another model, and the
-            model is as it was; or a file that was found right cannot be read again.
+        CheckpointError: no complete checkpoint, a damaged one, one of another model or of other
+            adapters, and the model is as it was; or a file that was found right cannot be read
+            again.
     """
 
     def plan_load() -> tuple[Manifest, list[Copy]]:
         manifest = read_manifest(folder)
         read_checked(folder, manifest, CONFIG_FILE)
         check_same_model(folder / CONFIG_FILE, plan.config.model, weights_only=True)
+        adapted = has_adapters(folder / CONFIG_FILE)
+        if adapted:
+            check_same_adapters(folder / CONFIG_FILE, plan.config.lora)
         weights = held_weights(model, groups)
-        return manifest, plan_copies(folder, manifest, weights, same_dtype=False)
+        wanted = [item for item in weights if adapted or not is_adapter(item.key)]
+        return manifest, plan_copies(folder, manifest, wanted, same_dtype=False)
 
     manifest, copies = on_all_ranks(plan_load)
     _check_content(folder, manifest, copies)

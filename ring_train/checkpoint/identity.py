@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.config import ModelConfig, TrainConfig, read_yaml
+from ring_train.config import LoraConfig, ModelConfig, TrainConfig, read_yaml
 
 MAY_DIFFER = frozenset(
     {
@@ -45,6 +46,32 @@ def check_same_model(config_file: Path, model: ModelConfig, *, weights_only: boo
             f"{config_file.parent}: checkpoint of another model: {'; '.join(differing)}; "
             "use the model of the checkpoint, or another run_dir"
         )
+
+
+def has_adapters(config_file: Path) -> bool:
+    """Return whether a checkpoint holds adapters beside its weights."""
+    return read_yaml(config_file).lora.rank is not None
+
+
+def check_same_adapters(config_file: Path, lora: LoraConfig) -> None:
+    """Raise CheckpointError, naming every differing key, unless the adapters are the same."""
+    saved = read_yaml(config_file).lora
+    differing = [
+        f"lora.{f.name}={now} (checkpoint: {before})"
+        for f in fields(LoraConfig)
+        if (now := _unordered(getattr(lora, f.name)))
+        != (before := _unordered(getattr(saved, f.name)))
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{config_file.parent}: checkpoint of other adapters: {'; '.join(differing)}; use "
+            "those of the checkpoint, or export it and start a new run_dir with init_from=FOLDER"
+        )
+
+
+def _unordered(value: Any) -> Any:
+    """Return a list in an order of its own, anything else as it is."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def check_same_precision(config_file: Path, train: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Typed config nodes and how they are composed. Imports neither torch nor megatron."""
 
 from ring_train.config.choices import (
+    AdapterExport,
     Architecture,
     DecayLayerRule,
     LrDecayStyle,
@@ -12,6 +13,7 @@ from ring_train.config.choices import (
 )
 from ring_train.config.composition import ConfigError, compose, read_yaml, to_yaml
 from ring_train.config.data import DataConfig, DomainConfig
+from ring_train.config.lora import LoraConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
@@ -30,6 +32,7 @@ from ring_train.config.root import (
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
 __all__ = [
+    "AdapterExport",
     "Architecture",
     "BatchRampConfig",
     "CheckpointConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LrDecayStyle",
     "ModelConfig",
     "OptimConfig",

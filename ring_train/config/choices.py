@@ -77,3 +77,12 @@ class Precision(StrEnum):
 
     fp32 = auto()
     bf16 = auto()
+
+
+class AdapterExport(StrEnum):
+    """What an export makes of low-rank adapters."""
+
+    merged = auto()
+    """Added to the weights that they belong to: a folder like any other."""
+    separate = auto()
+    """A PEFT adapter folder beside the folder of the frozen weights."""

@@ -5,8 +5,9 @@ Nested nodes have no default: the defaults list of the root's YAML chooses them.
 
 from dataclasses import dataclass, field
 
-from ring_train.config.choices import DecayLayerRule, Precision
+from ring_train.config.choices import AdapterExport, DecayLayerRule, Precision
 from ring_train.config.data import DataConfig
+from ring_train.config.lora import LoraConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
@@ -31,6 +32,8 @@ class Config:
     """In order; empty = one phase of train.num_steps."""
     init_from: str | None = None
     """Checkpoint or Hugging Face folder with the initial weights; null = random."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that are trained in place of the weights of `init_from`."""
     seed: int = 1234
     decay_layer_rule: DecayLayerRule | None = None
     """For `init_from` of a linear Hugging Face folder whose config does not say it."""
@@ -74,6 +77,10 @@ class ExportConfig:
     output: str
     precision: Precision = Precision.bf16
     """Dtype of the exported weights."""
+    adapter: AdapterExport | None = None
+    """What becomes of adapters; null = merged, where there are any."""
+    base_model: str | None = None
+    """Hugging Face folder that separate adapters belong to; null = init_from of the run."""
     decay_layer_rule: DecayLayerRule | None = None
     """For a checkpoint that does not say it."""
 

@@ -9,6 +9,7 @@ import torch
 
 from ring_train.config import ModelConfig
 from ring_train.hf.reader import open_hf_folder
+from ring_train.model.lora import is_adapter
 from ring_train.model.tensors import local_tensors
 
 
@@ -16,7 +17,7 @@ from ring_train.model.tensors import local_tensors
 def load_hf_weights(
     folder: Path, model_config: ModelConfig, chunks: Iterable[torch.nn.Module]
 ) -> None:
-    """Copy every tensor that this rank holds out of the folder, cut to its part.
+    """Copy every tensor that this rank holds out of the folder, cut to its part; not adapters.
 
     The folder is validated before a tensor is touched; only the tensors of this rank are read.
 
@@ -25,4 +26,5 @@ def load_hf_weights(
     """
     with open_hf_folder(folder, model_config) as reader:
         for item in local_tensors(chunks):
-            item.tensor.copy_(item.shard.of(reader.read_logical(item.name)))
+            if not is_adapter(item.name):
+                item.tensor.copy_(item.shard.of(reader.read_logical(item.name)))

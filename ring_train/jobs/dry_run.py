@@ -190,13 +190,37 @@ def _cost_rows(plan: Plan) -> list[Row]:
     run_flops = sum(plan.flops_per_token(phase) * phase.num_tokens for phase in plan.phases)
     mtp = f"{_count(cost.num_mtp_parameters)}, {_count(cost.num_active_mtp_parameters)} active"
     per_token = f"{cost.flops_per_token / 1e9:,.3f} GFLOP per token, forward and backward"
+    per_token += "" if plan.lora is None else " of all weights"
     return [
         ("parameters", f"{_count(cost.num_parameters)} without MTP"),
         ("active", f"{_count(cost.num_active_parameters)} per token"),
         ("", f"{_count(cost.num_active_non_embedding_parameters)} without embedding and output"),
         ("MTP", mtp if plan.layers.num_mtp else "none"),
+        *_named("trained", _trained(plan)),
+        ("state", _state(plan)),
         ("training", f"{per_token}; {run_flops:.3e} FLOP per run"),
     ]
+
+
+def _trained(plan: Plan) -> list[str]:
+    """Return which parameters are trained."""
+    if plan.lora is None:
+        return ["all weights"]
+    lora = plan.config.lora
+    everything = plan.cost.num_parameters + plan.cost.num_mtp_parameters
+    share = plan.lora.num_parameters / everything
+    return [
+        f"{_count(plan.lora.num_parameters)}, {share:.2%} of all weights",
+        f"adapters of rank {lora.rank} on {', '.join(lora.targets)}",
+    ]
+
+
+def _state(plan: Plan) -> str:
+    """Return what weights, gradients and optimizer need over all ranks, each held once."""
+    weights, training = plan.state_bytes
+    total = f"{(weights + training) / 2**30:,.1f} GiB, each part once"
+    parts = f"weights {weights / 2**30:,.1f}, gradients and optimizer {training / 2**30:,.1f}"
+    return f"{total}: {parts}"
 
 
 def _named(name: str, lines: Iterable[str]) -> list[Row]:

@@ -89,8 +89,17 @@ def _is_hf_folder(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
-def check_same_folder_model(folder: Path, stored: ModelConfig, model: ModelConfig) -> None:
-    """Raise HfError, naming every differing key, unless a folder's weights mean this model."""
+def check_same_folder_model(
+    folder: Path, stored: ModelConfig, model: ModelConfig, key: str = "init_from"
+) -> None:
+    """Raise HfError, naming every differing key, unless a folder's weights mean this model.
+
+    Args:
+        folder: Hugging Face folder.
+        stored: what `read_model_config` said about it.
+        model: what it should hold.
+        key: what named the folder.
+    """
     theirs, ours = expressible_fields(stored), expressible_fields(model)
     may_differ = MAY_DIFFER
     if model.mtp_num_layers <= stored.mtp_num_layers:
@@ -102,7 +111,7 @@ def check_same_folder_model(folder: Path, stored: ModelConfig, model: ModelConfi
     ]
     if differing:
         raise HfError(
-            f"init_from={folder} holds another model: {'; '.join(differing)}; "
+            f"{key}={folder} holds another model: {'; '.join(differing)}; "
             "use the model of the folder"
         )
 

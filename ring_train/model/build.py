@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.model.init import initialise
 from ring_train.model.language_model import HybridLanguageModel
+from ring_train.model.lora import freeze_base
 from ring_train.plan import Phase, Plan, check_trainable
 from ring_train.plan.megatron import make_ddp_config, make_transformer_config
 
@@ -15,7 +16,8 @@ from ring_train.plan.megatron import make_ddp_config, make_transformer_config
 def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
     """Return the initialised model chunks of this rank, one per virtual stage, wrapped for DP.
 
-    Parameters are created in the precision of the plan; buffers of the router stay fp32.
+    Parameters are created in the precision of the plan; buffers of the router stay fp32. With
+    adapters everything else is frozen and has no gradient.
 
     Raises:
         PlanError: the plan describes a model that is counted but cannot be trained yet.
@@ -25,6 +27,8 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
     stages = range(plan.mesh.vpp) if plan.mesh.vpp > 1 else [None]
     chunks = [HybridLanguageModel(plan, config, groups, vp_stage) for vp_stage in stages]
     initialise(chunks, plan)
+    if plan.lora is not None:
+        freeze_base(chunks)
     if torch.cuda.is_available():
         chunks = [chunk.cuda() for chunk in chunks]
     return [

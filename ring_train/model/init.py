@@ -20,12 +20,12 @@ SCALED_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialise(chunks: Iterable[torch.nn.Module], plan: Plan) -> None:
-    """Write the initial weights: N(0, std^2), norms 1, expert bias 0.
+    """Write the initial weights: N(0, std^2), norms 1, expert bias 0; of adapters see `_draw`.
 
     Draws in fp32 on the host and casts, so fp32 and bf16 runs start from the same point.
     """
     for item in local_tensors(chunks):
-        if item.name.endswith("expert_bias"):
+        if item.name.endswith(("expert_bias", "lora_b")):
             item.tensor.zero_()
         elif item.tensor.dim() == 1:
             item.tensor.fill_(1.0)
@@ -35,11 +35,18 @@ def initialise(chunks: Iterable[torch.nn.Module], plan: Plan) -> None:
 
 
 def _draw(name: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:
-    """Return the full fp32 tensor of a logical name."""
+    """Return the full fp32 tensor of a logical name.
+
+    A of an adapter is uniform in +-1/sqrt(in), as PEFT draws it
+    (https://github.com/huggingface/peft, tuners/lora/layer.py, reset_lora_parameters).
+    """
     model = plan.config.model
     std = model.init_method_std
     if name.endswith(SCALED_OUTPUTS):
         std /= math.sqrt(2 * model.num_layers)
     digest = hashlib.sha256(f"{plan.config.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if name.endswith("lora_a"):
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

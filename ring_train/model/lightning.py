@@ -8,6 +8,7 @@ tensor: they follow from the global layer index and `model.decay_layer_rule`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ class LightningAttention(SelfAttention):
         submodules: projections and norms; `core_attention` is not used.
         layer_number: 1-based, global.
         model: the model node, for decay rule, norm groups and activation.
+        linear_gate: builder of the gate's projection, called like that of `linear_qkv`.
         pg_collection: process groups.
     """
 
@@ -51,6 +53,7 @@ class LightningAttention(SelfAttention):
         submodules: SelfAttentionSubmodules,
         layer_number: int,
         model: ModelConfig,
+        linear_gate: Callable[..., torch.nn.Module],
         pg_collection: ProcessGroupCollection,
         **kwargs: Any,
     ) -> None:
@@ -62,7 +65,7 @@ class LightningAttention(SelfAttention):
         self.silu = model.linear_silu
         self.cp_group = pg_collection.cp
         assert config.init_method is not None
-        self.linear_gate = submodules.linear_qkv(
+        self.linear_gate = linear_gate(
             config.hidden_size,
             self.query_projection_size,
             config=config,

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from ring_train.model.attention import DocumentAttention, GroupedQueryAttention
 from ring_train.model.lightning import LightningAttention
+from ring_train.model.lora import column_parallel, row_parallel
 from ring_train.model.norm import RMSNorm
 from ring_train.model.router import SigmoidRouter
 from ring_train.plan import Plan
@@ -74,9 +74,9 @@ def _attention_submodules(plan: Plan) -> SelfAttentionSubmodules:
     norm = RMSNorm if plan.config.model.qk_layernorm else None
     core: Any = DocumentAttention  # its forward takes Documents, not megatron's arguments
     return SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=column_parallel(plan, "linear_qkv"),
         core_attention=core,
-        linear_proj=RowParallelLinear,
+        linear_proj=row_parallel(plan, "linear_proj"),
         q_layernorm=norm,
         k_layernorm=norm,
     )
@@ -95,14 +95,18 @@ def lightning_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
     """Return the spec of lightning attention."""
     return ModuleSpec(
         module=LightningAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "model": plan.config.model},
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "model": plan.config.model,
+            "linear_gate": column_parallel(plan, "linear_gate"),
+        },
         submodules=_attention_submodules(plan),
     )
 
 
 def dense_spec(plan: Plan, config: TransformerConfig) -> partial[MLP]:
     """Return the builder of the dense SwiGLU MLP."""
-    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules())
+    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(plan, "mlp"))
 
 
 def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MoELayer]:
@@ -112,13 +116,18 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MoELayer]:
         MoELayer,
         submodules=MoESubmodules(
             router=partial(SigmoidRouter, model=plan.config.model),
-            experts=partial(SequentialMLP, submodules=_mlp_submodules()),
+            experts=partial(SequentialMLP, submodules=_mlp_submodules(plan, "experts")),
             shared_experts=(
-                partial(SharedExpertMLP, submodules=_mlp_submodules()) if shared else None
+                partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))
+                if shared
+                else None
             ),
         ),
     )
 
 
-def _mlp_submodules() -> MLPSubmodules:
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def _mlp_submodules(plan: Plan, part: str) -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=column_parallel(plan, f"{part}.linear_fc1"),
+        linear_fc2=row_parallel(plan, f"{part}.linear_fc2"),
+    )

@@ -105,7 +105,7 @@ def _shard(model: HybridLanguageModel, name: str, tensor: Any) -> Shard:
     group = model.groups.expt_tp if ".experts." in name else model.groups.tp
     if not getattr(tensor, "tensor_model_parallel", False) or group.size() == 1:
         return Shard(dim=0, world=1, rank=0)
-    blocks = 2 if name.endswith("linear_fc1.weight") else 1
+    blocks = 2 if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")) else 1
     return Shard(tensor.partition_dim, group.size(), group.rank(), blocks, group)
 
 

@@ -3,6 +3,7 @@
 from ring_train.plan.batch import BatchPlan, context_tokens
 from ring_train.plan.cost import Cost
 from ring_train.plan.layers import LayerPlan
+from ring_train.plan.lora import LoraPlan
 from ring_train.plan.mesh import Mesh, smallest_world
 from ring_train.plan.phases import Phase, StepPlan
 from ring_train.plan.pipeline import PipelinePlan
@@ -13,6 +14,7 @@ __all__ = [
     "BatchPlan",
     "Cost",
     "LayerPlan",
+    "LoraPlan",
     "Mesh",
     "Phase",
     "PipelinePlan",

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
-from ring_train.config import ModelConfig
+from ring_train.config import ModelConfig, Precision
 from ring_train.plan.layers import LayerPlan
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
 
 BACKWARD_FACTOR = 3
 """Forward and backward cost three forwards."""
+
+WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
+TRAINED_BYTES = {Precision.fp32: 4 + 8, Precision.bf16: 4 + 4 + 8}
+"""Of a trained weight, besides itself: fp32 gradient, fp32 copy if it is not fp32, two moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,11 @@ def make_cost(model: ModelConfig, layers: LayerPlan, seq_length: int) -> Cost:
         num_active_mtp_parameters=layers.num_mtp * mtp_active,
         flops_per_token=BACKWARD_FACTOR * forward_flops,
     )
+
+
+def state_bytes(precision: Precision, num_weights: int, num_trained: int) -> tuple[int, int]:
+    """Return bytes of (weights, gradients and optimizer), each held once over all ranks."""
+    return num_weights * WEIGHT_BYTES[precision], num_trained * TRAINED_BYTES[precision]
 
 
 def layer_flops(model: ModelConfig, token: str, channel: str, seq_length: int) -> float:

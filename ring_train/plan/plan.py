@@ -7,10 +7,11 @@ from typing import Any
 
 from ring_train.config import Architecture, Config, DomainConfig, ModelConfig, ScoreFunction
 from ring_train.plan.batch import BatchPlan
-from ring_train.plan.cost import Cost, make_cost
+from ring_train.plan.cost import Cost, make_cost, state_bytes
 from ring_train.plan.coverage import coverage_problems
 from ring_train.plan.fields import passthrough_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
+from ring_train.plan.lora import LoraPlan, lora_problems, make_lora
 from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
 from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems, step_plan
 from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_problems
@@ -30,6 +31,8 @@ class Plan:
     phases: tuple[Phase, ...]
     cost: Cost
     """At the row length of the first phase."""
+    lora: LoraPlan | None
+    """None: all weights are trained."""
 
     @property
     def batch(self) -> BatchPlan:
@@ -44,6 +47,14 @@ class Plan:
     def flops_per_token(self, phase: Phase) -> float:
         """Return the forward and backward FLOP of one token at a phase's row length."""
         return make_cost(self.config.model, self.layers, phase.batch.seq_length).flops_per_token
+
+    @property
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes of (weights, gradients and optimizer) over all ranks, each part counted once."""
+        weights = self.cost.num_parameters + self.cost.num_mtp_parameters
+        adapters = 0 if self.lora is None else self.lora.num_parameters
+        precision = self.config.train.precision
+        return state_bytes(precision, weights + adapters, adapters or weights)
 
     def at(self, step: int) -> StepPlan:
         """Return what a step, counted from 0, reads."""
@@ -70,6 +81,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *schedule_problems(config),
         *passthrough_problems(config.model.megatron),
         *run_problems(config),
+        *lora_problems(config),
     ]
     if problems:
         raise PlanError(problems)
@@ -86,6 +98,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         pipeline=make_pipeline(config.model, config.parallel, layers, mesh, seq_length),
         phases=phases,
         cost=make_cost(config.model, layers, seq_length),
+        lora=make_lora(config, layers),
     )
 
 
@@ -243,5 +256,6 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "pipeline": dataclasses.asdict(plan.pipeline),
         "batch": dataclasses.asdict(plan.batch),
         "phases": [dataclasses.asdict(phase) for phase in plan.phases],
+        "lora": None if plan.lora is None else dataclasses.asdict(plan.lora),
         "total_tokens": plan.total_tokens,
     }
