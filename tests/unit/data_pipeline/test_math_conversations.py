@@ -12,7 +12,13 @@ from data_pipeline.config import PipelineError
 from data_pipeline.demo_corpus import DemoCorpus, _math_documents
 from data_pipeline.math_conversations import MathConversations, products, sums
 from data_pipeline.math_conversations import write_math_conversations as write
-from data_pipeline.math_problems import parse_math_line, problem_key, solve_problem
+from data_pipeline.math_problems import (
+    Problem,
+    is_held_out,
+    parse_math_line,
+    problem_key,
+    solve_problem,
+)
 
 SIZES = {"conversations": 400, "answers": 500, "problems": 50}
 
@@ -28,10 +34,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def key_of(question: str) -> str:
-    """Return the key of "Compute 12 + 34 - 5.", the same for every order of its terms."""
+def problem_of(question: str) -> Problem:
+    """Return the problem of "Compute 12 + 34 - 5."."""
     words = question.removeprefix("Compute ").removesuffix(".").split(" ")
-    return problem_key(solve_problem(tuple(map(int, words[::2])), tuple(words[1::2])))
+    return solve_problem(tuple(map(int, words[::2])), tuple(words[1::2]))
+
+
+def key_of(question: str) -> str:
+    """Return the same text for every order of the terms of a question."""
+    return problem_key(problem_of(question))
+
+
+def is_kept_from_training(question: str) -> bool:
+    """Return whether the math domain keeps a problem for its held-out split."""
+    return is_held_out(problem_of(question), fraction=0.1)
 
 
 def questions(records: list[dict[str, Any]]) -> list[str]:
@@ -44,6 +60,10 @@ def test_no_problem_is_trained_on_in_any_order(folder: Path) -> None:
     conversations = [*read(folder / "chain.jsonl"), *read(folder / "answer.jsonl")]
     assert len(conversations) == SIZES["conversations"] + SIZES["answers"]
     assert not problems & {key_of(question) for question in questions(conversations)}
+    assert not any(map(is_kept_from_training, questions(conversations)))
+    assert all(
+        is_kept_from_training(record["problem"]) for record in read(folder / "three_operands.jsonl")
+    )
 
 
 def test_no_problem_is_in_the_training_split_of_the_math_domain(folder: Path) -> None:
