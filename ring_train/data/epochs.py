@@ -113,6 +113,11 @@ def _rows(config: Config, sizes: Sizes, epochs: float) -> dict[str, int]:
             f"{sizes.path}.weights.{name}: no such domain{nearest(name, config.data.domains)}"
         )
     lengths = {name: sizes.seq_length for name, weight in sizes.weights.items() if weight > 0}
+    if not config.data.domains:
+        raise DataError(
+            "data.domains is empty, so there are no epochs to count; add data.domains.NAME.path="
+            "PREFIX, or plan without data by train.num_epochs=null train.num_steps=N"
+        )
     if not lengths:
         raise DataError(f"{sizes.path}: no domain has a weight above 0; give one a weight")
     rows = {}

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ring_train.checkpoint import CheckpointError, find_checkpoint, load_weights
+from ring_train.checkpoint import load_weights
 from ring_train.checkpoint.identity import MAY_DIFFER
 from ring_train.checkpoint.manifest import CONFIG_FILE
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks
@@ -17,6 +17,7 @@ from ring_train.hf.config import read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.weights import load_hf_weights
 from ring_train.hf.writer import expressible_fields
+from ring_train.jobs.initial_model import find_weights, is_hf_folder
 from ring_train.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,25 +39,20 @@ def check_initial_weights(plan: Plan) -> None:
 def _check(plan: Plan) -> None:
     if plan.config.init_from is None:
         return
-    folder = Path(plan.config.init_from)
-    if _is_hf_folder(folder):
+    folder = find_weights(plan.config.init_from)
+    if is_hf_folder(folder):
         stored = read_model_config(folder, plan.config.decay_layer_rule)
         check_same_folder_model(folder, stored, plan.config.model)
-    elif not folder.is_dir():
-        raise CheckpointError(
-            f"init_from={folder} is neither a checkpoint nor a Hugging Face folder; "
-            "name RUN_DIR, RUN_DIR/checkpoints/step_00000100 or a folder with config.json"
-        )
 
 
 def _check_tokenizer(plan: Plan) -> None:
     """Raise unless the run gives texts the ids that the initial weights were trained with."""
     if plan.config.init_from is None:
         return
-    folder = Path(plan.config.init_from)
+    folder = find_weights(plan.config.init_from)
     tokenizer = str(folder)
-    if not _is_hf_folder(folder):
-        saved: Config = read_yaml(find_checkpoint(folder, "init_from") / CONFIG_FILE)
+    if not is_hf_folder(folder):
+        saved: Config = read_yaml(folder / CONFIG_FILE)
         tokenizer = saved.data.tokenizer
     check_same_tokenizer(tokenizer, plan.config.data.tokenizer)
 
@@ -66,27 +62,21 @@ def load_initial_weights(
 ) -> None:
     """Load `init_from` into the model, if it is given; nothing else of a checkpoint is taken.
 
-    `check_initial_weights` is to be called before.
-
-    Collective over all ranks.
+    `check_initial_weights` is to be called before. Collective over all ranks.
 
     Raises:
         UserError: the folder is damaged, or a checkpoint of another model.
     """
     from_rank_0(lambda: _check(plan))
-    if plan.config.init_from is None:
+    init_from = plan.config.init_from
+    if init_from is None:
         return
-    folder = Path(plan.config.init_from)
-    if from_rank_0(lambda: _is_hf_folder(folder)):
+    folder = Path(from_rank_0(lambda: str(find_weights(init_from))))
+    if from_rank_0(lambda: is_hf_folder(folder)):
         stored = from_rank_0(lambda: read_model_config(folder, plan.config.decay_layer_rule))
         on_all_ranks(lambda: load_hf_weights(folder, stored, model))
     else:
-        folder = Path(from_rank_0(lambda: str(find_checkpoint(folder, "init_from"))))
         load_weights(folder, model, plan, groups)
-
-
-def _is_hf_folder(folder: Path) -> bool:
-    return (folder / "config.json").exists()
 
 
 def check_same_folder_model(

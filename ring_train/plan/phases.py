@@ -147,6 +147,8 @@ def phase_sizes(config: Config) -> list[Sizes]:
     if not config.phases:
         only = PhaseConfig(num_steps=config.train.num_steps)
         return [_sizes(config, ONLY_PHASE, "train", only)]
+    if list(config.phases) == [ONLY_PHASE]:  # the phase of a run in epochs
+        return [_sizes(config, ONLY_PHASE, "train", config.phases[ONLY_PHASE])]
     return [_sizes(config, name, f"phases.{name}", phase) for name, phase in config.phases.items()]
 
 

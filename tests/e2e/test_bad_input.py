@@ -36,7 +36,10 @@ def assert_refused(on_ranks: OnRanks, job: str, words: list[str], *parts: str) -
             ["crumb.bin has", "fewer than train.seq_length + 1 = 65; shorten the rows or"],
         ),
         (["train.stop_after_step=0"], ["train.stop_after_step=0 is not positive"]),
-        (["init_from={corpus}/nowhere"], ["nowhere is neither a checkpoint nor a Hugging Face"]),
+        (
+            ["init_from={corpus}/nowhere"],
+            ["nowhere is no folder; name a Hugging Face folder with config.json, RUN_DIR"],
+        ),
     ],
     ids=["preset", "vocabulary", "short corpus", "step", "init_from"],
 )

@@ -148,6 +148,8 @@ def test_bad_input_is_refused(
 ) -> None:
     run = [*words, f"run_dir={tmp_path / 'run'}"]
     assert "add init_from=DIR" in refused(on_ranks, run)
+    missing = refused(on_ranks, [*run, f"init_from={tmp_path}/missing"])
+    assert "is no folder; name a Hugging Face folder with config.json, RUN_DIR" in missing
     message = refused(on_ranks, [*run, f"init_from={tmp_path}"])
     assert f"init_from={tmp_path} is neither a complete checkpoint nor a run folder" in message
     begin = [*run, f"init_from={trained}"]

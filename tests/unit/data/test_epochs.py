@@ -12,7 +12,7 @@ from ring_train.config import Config, Packing, PhaseConfig
 from ring_train.data.epochs import count_epochs
 from ring_train.data.errors import DataError
 from ring_train.data.loader import build_batches
-from ring_train.plan import make_plan
+from ring_train.plan import PlanError, make_plan
 from tests.unit.data.shard_files import make_data_plan
 
 SEQ_LENGTH = 64
@@ -97,6 +97,20 @@ def test_what_was_counted_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         counted = count_epochs(epoch_config(tmp_path, 2))
     assert "2 epochs of code" in caplog.text
     assert f"rows in {counted.train.num_steps} steps" in caplog.text
+
+
+def test_without_domains_there_is_nothing_to_count(tmp_path: Path) -> None:
+    config = epoch_config(tmp_path, 1)
+    config.data.domains = {}
+    with pytest.raises(DataError, match=r"data.domains is empty.*train.num_steps=N"):
+        count_epochs(config)
+
+
+def test_the_phase_of_a_run_in_epochs_is_called_train_in_messages(tmp_path: Path) -> None:
+    counted = count_epochs(epoch_config(tmp_path, 1))
+    counted.model.max_position_embeddings = SEQ_LENGTH - 1
+    with pytest.raises(PlanError, match=r"^train.seq_length=64 exceeds"):
+        make_plan(counted, 1)
 
 
 @pytest.mark.parametrize(
