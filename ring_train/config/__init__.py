@@ -7,12 +7,14 @@ from ring_train.config.choices import (
     LrDecayStyle,
     Packing,
     Precision,
+    PromptFormat,
     RecomputeGranularity,
     RecomputeMethod,
     ScoreFunction,
 )
 from ring_train.config.composition import ConfigError, compose, read_yaml, to_yaml
 from ring_train.config.data import DataConfig, DomainConfig
+from ring_train.config.evaluation import EvaluationConfig
 from ring_train.config.lora import LoraConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
@@ -21,12 +23,14 @@ from ring_train.config.phases import BatchRampConfig, PhaseConfig
 from ring_train.config.root import (
     Config,
     DryRunConfig,
+    EvaluateConfig,
     ExplainConfig,
     ExportConfig,
     GenerateConfig,
     ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
+    SelectCheckpointConfig,
     VerifyCheckpointConfig,
 )
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
@@ -42,6 +46,8 @@ __all__ = [
     "DecayLayerRule",
     "DomainConfig",
     "DryRunConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
     "ExplainConfig",
     "ExportConfig",
     "GenerateConfig",
@@ -54,12 +60,14 @@ __all__ = [
     "ParallelConfig",
     "PhaseConfig",
     "Precision",
+    "PromptFormat",
     "ProveMixtureConfig",
     "RecomputeGranularity",
     "RecomputeMethod",
     "ReproduceConfig",
     "ScoreConfig",
     "ScoreFunction",
+    "SelectCheckpointConfig",
     "TrainConfig",
     "VerifyCheckpointConfig",
     "compose",

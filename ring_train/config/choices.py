@@ -86,3 +86,12 @@ class AdapterExport(StrEnum):
     """Added to the weights that they belong to: a folder like any other."""
     separate = auto()
     """A PEFT adapter folder beside the folder of the frozen weights."""
+
+
+class PromptFormat(StrEnum):
+    """How a problem becomes a prompt."""
+
+    chat = auto()
+    """Messages, rendered with the tokenizer's chat template and its generation prompt."""
+    text = auto()
+    """The text of the problem itself, for a model without chat."""

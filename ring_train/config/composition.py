@@ -23,12 +23,14 @@ from ring_train.config.model import ModelConfig
 from ring_train.config.root import (
     Config,
     DryRunConfig,
+    EvaluateConfig,
     ExplainConfig,
     ExportConfig,
     GenerateConfig,
     ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
+    SelectCheckpointConfig,
     VerifyCheckpointConfig,
 )
 from ring_train.errors import UserError
@@ -44,6 +46,8 @@ ROOTS: dict[str, type] = {
     "prove_mixture": ProveMixtureConfig,
     "score": ScoreConfig,
     "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+    "select_checkpoint": SelectCheckpointConfig,
     "generate": GenerateConfig,
     "reproduce": ReproduceConfig,
     "verify_checkpoint": VerifyCheckpointConfig,

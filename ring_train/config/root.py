@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ring_train.config.choices import AdapterExport, DecayLayerRule, Precision
 from ring_train.config.data import DataConfig
+from ring_train.config.evaluation import EvaluationConfig
 from ring_train.config.lora import LoraConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
@@ -30,6 +31,7 @@ class Config:
     """Folder of the run; the same folder resumes the run."""
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
     """In order; empty = one phase of train.num_steps."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     init_from: str | None = None
     """Checkpoint or Hugging Face folder with the initial weights; null = random."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -83,6 +85,42 @@ class ExportConfig:
     """Hugging Face folder that separate adapters belong to; null = init_from of the run."""
     decay_layer_rule: DecayLayerRule | None = None
     """For a checkpoint that does not say it."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Problems answered by a checkpoint or a Hugging Face folder."""
+
+    parallel: ParallelConfig
+    evaluation: EvaluationConfig
+    checkpoint: str | None = None
+    """Checkpoint folder, or run folder for its latest one."""
+    hf_dir: str | None = None
+    """Hugging Face folder; exactly one of the two is given."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; null = what the checkpoint names, or the Hugging Face folder."""
+    output: str | None = None
+    """JSON file that receives the figures; null = none."""
+    answers: str | None = None
+    """JSONL file that receives the answers; null = none."""
+    precision: Precision | None = None
+    """Dtype of the weights; null = the checkpoint's, fp32 for a Hugging Face folder."""
+    seed: int = 1234
+    decay_layer_rule: DecayLayerRule | None = None
+    """For a linear Hugging Face folder whose config does not say it."""
+
+
+@dataclass(kw_only=True)
+class SelectCheckpointConfig:
+    """The checkpoint of a run to go on from."""
+
+    run: str
+    """Run folder."""
+    min_entropy: float = 0.3
+    """Nats per token."""
+    max_entropy: float = 0.5
+    output: str | None = None
+    """JSON file that also receives the ranking; null = none."""
 
 
 @dataclass(kw_only=True)

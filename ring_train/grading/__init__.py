@@ -4,6 +4,6 @@ Imports neither torch nor anything of ours but errors, so whatever grades can us
 """
 
 from ring_train.grading.boxed import after_thinking, last_boxed
-from ring_train.grading.grader import Grade, Grader
+from ring_train.grading.grader import Expected, Grade, Grader
 
-__all__ = ["Grade", "Grader", "after_thinking", "last_boxed"]
+__all__ = ["Expected", "Grade", "Grader", "after_thinking", "last_boxed"]

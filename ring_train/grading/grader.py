@@ -40,6 +40,16 @@ class Grade:
     """Why that could not be found out; it then counts as wrong."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What math-verify makes of an expected answer."""
+
+    has_value: bool
+    """Answers of the same value are right; without one only the same text is."""
+    failure: str | None = None
+    """Why nothing can be compared with it."""
+
+
 class Grader:
     """Compares answers with expected ones; `close` it, or use it in `with`.
 
@@ -76,14 +86,13 @@ class Grader:
             for reply in replies
         ]
 
-    def not_understood(self, expected: Sequence[str]) -> dict[str, str]:
-        """Return {answer: why} of the expected answers with which nothing can be compared."""
+    def check_expected(self, expected: Sequence[str]) -> list[Expected]:
+        """Return what can be compared with each expected answer."""
         replies = self._ask([{"expected": gold, "boxed": None} for gold in expected])
-        return {
-            gold: reply.get("failure", "math-verify finds no value in it")
-            for gold, reply in zip(expected, replies, strict=True)
-            if not reply.get("correct")
-        }
+        return [
+            Expected(has_value=reply.get("values", 0) > 0, failure=reply.get("failure"))
+            for reply in replies
+        ]
 
     def _ask(self, requests: list[dict[str, str | None]]) -> list[dict[str, Any]]:
         """Return the reply to each request; equal ones are answered once."""

@@ -6,8 +6,9 @@ only between two steps of the interpreter. So this process has a limit of memory
 without a handler: the kernel ends it, and `Grader` starts another. The timer counts CPU time, so
 that the load of a machine changes no grade.
 
-A request is {"expected": str, "boxed": str | null}; null asks whether anything is understood of
-`expected`. The reply is {"correct": bool} or {"failure": str}.
+A request is {"expected": str, "boxed": str | null}; null asks how many values
+math-verify finds in `expected`. The reply is {"correct": bool}, {"values": int} or
+{"failure": str}.
 """
 
 import json
@@ -54,7 +55,7 @@ def answer(request: dict[str, str | None]) -> dict[str, Any]:
     try:
         expected = understood(request["expected"] or "")
         if request["boxed"] is None:
-            return {"correct": bool(expected)}
+            return {"values": len([x for x in expected if not isinstance(x, str)])}
         found = understood(request["boxed"])
         same = verify(expected, found, timeout_seconds=0, raise_on_error=True)
         return {"correct": bool(same)}

@@ -1,4 +1,4 @@
-"""The model and the tokenizer of `init_from`, which a fine-tuning run takes over."""
+"""What a folder of weights says about itself, for jobs that take over its model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ring_train.config import (
     DecayLayerRule,
     ModelConfig,
     ParallelConfig,
+    Precision,
     read_yaml,
 )
 from ring_train.hf.config import read_model_config
@@ -22,47 +23,70 @@ from ring_train.plan import make_plan, model_at
 class InitialModel:
     """What a folder of weights says about them."""
 
+    folder: Path
+    """Hugging Face folder or checkpoint; of a run, its newest checkpoint."""
     model: ModelConfig
     tokenizer: str
     """Folder; empty if a checkpoint names none."""
+    precision: Precision | None
+    """In which a checkpoint was trained; None = a Hugging Face folder."""
 
 
-def read_initial_model(init_from: str, decay_layer_rule: DecayLayerRule | None) -> InitialModel:
+def read_initial_model(
+    path: str, decay_layer_rule: DecayLayerRule | None, key: str = "init_from"
+) -> InitialModel:
     """Return what a Hugging Face folder, a checkpoint or a run folder says about its model.
+
+    Args:
+        path: the folder.
+        decay_layer_rule: for a linear Hugging Face folder whose config does not say it.
+        key: what the person called it, for messages.
 
     Raises:
         UserError: neither of them, or unreadable.
     """
-    folder = find_weights(init_from)
+    folder = find_weights(path, key)
     if is_hf_folder(folder):
         return InitialModel(
-            model=read_model_config(folder, decay_layer_rule), tokenizer=str(folder)
+            folder=folder,
+            model=read_model_config(folder, decay_layer_rule),
+            tokenizer=str(folder),
+            precision=None,
         )
     from ring_train.checkpoint.manifest import STATE_FILE
 
     saved: Config = read_yaml(folder / "config.yaml")
     step = json.loads((folder / STATE_FILE).read_text())["step"]
     plan = make_plan(dataclasses.replace(saved, parallel=ParallelConfig()), 1)
-    return InitialModel(model=model_at(plan, step), tokenizer=saved.data.tokenizer)
+    return InitialModel(
+        folder=folder,
+        model=model_at(plan, step),
+        tokenizer=saved.data.tokenizer,
+        precision=saved.train.precision,
+    )
 
 
-def find_weights(init_from: str) -> Path:
-    """Return the Hugging Face folder or the checkpoint that `init_from` stands for.
+def find_weights(path: str, key: str = "init_from") -> Path:
+    """Return the Hugging Face folder or the checkpoint that a path stands for.
+
+    Args:
+        path: the folder, or a run folder for its newest checkpoint.
+        key: what the person called it, for messages.
 
     Raises:
         CheckpointError: it is neither of them, nor a run folder; or the checkpoint is damaged.
     """
     from ring_train.checkpoint import CheckpointError, find_checkpoint
 
-    folder = Path(init_from)
+    folder = Path(path)
     if is_hf_folder(folder):
         return folder
     if not folder.is_dir():
         raise CheckpointError(
-            f"init_from={folder} is no folder; name a Hugging Face folder with config.json, "
+            f"{key}={folder} is no folder; name a Hugging Face folder with config.json, "
             "RUN_DIR or RUN_DIR/checkpoints/step_00000100"
         )
-    return find_checkpoint(folder, "init_from")
+    return find_checkpoint(folder, key)
 
 
 def is_hf_folder(folder: Path) -> bool:

@@ -28,9 +28,11 @@ def pretrain(config: Config) -> None:
     from ring_train.jobs.initial_weights import check_initial_weights, load_initial_weights
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.answers import AnswerEvaluation
     from ring_train.train.loop import Trainer
     from ring_train.train.optimizer import build_optimizer
     from ring_train.train.plots import write_plots
+    from ring_train.train.questions import read_questions
     from ring_train.train.record import write_run_record
 
     with start_runtime(plan) as groups:
@@ -38,6 +40,7 @@ def pretrain(config: Config) -> None:
         is_new_run = checkpoints.is_new_run()
         if is_new_run:
             check_initial_weights(plan)
+        questions = read_questions(plan) if config.evaluation.interval_steps else None
         batches = build_batches(plan)
         model = build_model(plan, groups.collection)
         if is_new_run:
@@ -46,7 +49,8 @@ def pretrain(config: Config) -> None:
         state = checkpoints.restore_or_init(model, optimizer)
         check_same_samples(state.mixture, batches.mixture_record(), state.consumed_samples)
         write_run_record(plan, batches, groups.rank)
-        trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups)
+        answers = AnswerEvaluation(plan, model, groups, questions) if questions else None
+        trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups, answers)
         trainer.train(state)
         write_plots(plan, groups.rank)
 

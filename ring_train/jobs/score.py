@@ -11,19 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ring_train.config import Config, ScoreConfig, compose
+from ring_train.config import ScoreConfig, compose
 from ring_train.errors import UserError
 from ring_train.hf.config import read_model_config
+from ring_train.jobs.forward_config import forward_config, world_size
+from ring_train.jobs.results import write_json
 from ring_train.plan import Plan, make_plan
-from ring_train.plan.context import row_unit
 from ring_train.runtime.errors import run_job
-
-NO_TRAINING = {
-    "use_distributed_optimizer": False,
-    "overlap_grad_reduce": False,
-    "overlap_param_gather": False,
-}
-"""Parallel keys that are left aside: nothing is updated."""
 
 
 def main(overrides: list[str]) -> None:
@@ -68,31 +62,15 @@ def read_prompts(path: Path) -> list[list[int]]:
 
 def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Plan:
     """Return a plan whose rows hold the longest prompt (all of them if packed)."""
-    parallel = config.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    row = row_unit(max(cp, 1), max(tp, 1))
     lengths = [len(prompt) for prompt in prompts]
-    length = sum(lengths) if config.packed else max(lengths)
-    length = -(-length // row) * row
-    base: Config = compose("pretrain", ["model=tiny", "train=cpu", "optim=short"])
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    base = dataclasses.replace(
-        base,
-        model=dataclasses.replace(
-            model, max_position_embeddings=max(length, model.max_position_embeddings)
-        ),
-        parallel=dataclasses.replace(parallel, **NO_TRAINING),
+    base = forward_config(
+        model,
+        config.parallel,
+        precision=config.precision,
+        row_tokens=sum(lengths) if config.packed else max(lengths),
+        num_rows=1 if config.packed else len(prompts),
     )
-    base.train.precision = config.precision
-    base.train.eval_interval_steps = 0
-    base.train.seq_length, base.train.micro_batch_size = length, 1
-    model_ranks = tp * parallel.pipeline_model_parallel_size * cp
-    dp = max(world_size // max(model_ranks, 1), 1)
-    rows = 1 if config.packed else len(prompts)
-    interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
-    unit = dp * (parallel.pipeline_model_parallel_size if interleaved else 1)
-    base.train.global_batch_size = unit * -(-rows // max(unit, 1))
-    return make_plan(base, world_size)
+    return make_plan(base, world_size())
 
 
 def score(
@@ -134,14 +112,6 @@ def score(
             mean = sums.mtp_means().mean() if prefix else sums.lm_loss
             gradients |= {f"{prefix}loss": float(mean), f"{prefix}grad_norms": norms}
         return result, gradients
-
-
-def write_json(path: str, value: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from ring_train.config import Architecture, Config, DomainConfig, ModelConfig, S
 from ring_train.plan.batch import BatchPlan
 from ring_train.plan.cost import Cost, make_cost, state_bytes
 from ring_train.plan.coverage import coverage_problems
+from ring_train.plan.evaluation import evaluation_problems
 from ring_train.plan.fields import passthrough_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
 from ring_train.plan.lora import LoraPlan, lora_problems, make_lora
@@ -82,6 +83,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *passthrough_problems(config.model.megatron),
         *run_problems(config),
         *lora_problems(config),
+        *evaluation_problems(config),
     ]
     if problems:
         raise PlanError(problems)
@@ -124,6 +126,10 @@ POSITIVE: dict[str, tuple[str, ...]] = {
     "optim": ("lr", "adam_eps"),
     "checkpoint": ("keep",),
     "logging": ("interval_steps",),
+    "evaluation": (
+        *("num_problems", "num_samples", "top_p", "max_new_tokens"),
+        *("max_batch_size", "max_prefill_tokens"),
+    ),
 }
 NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "model": (
@@ -141,10 +147,12 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         *("lr_warmup_steps", "lr_warmup_fraction", "wsd_decay_steps"),
     ),
     "checkpoint": ("interval_steps",),
+    "evaluation": ("interval_steps", "temperature"),
 }
 BELOW_OR_AT_ONE: dict[str, tuple[str, ...]] = {
     "model": ("rotary_percent",),
     "optim": ("adam_beta1", "adam_beta2", "lr_warmup_fraction"),
+    "evaluation": ("top_p",),
 }
 
 

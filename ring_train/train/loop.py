@@ -19,8 +19,10 @@ from ring_train.model.build import enter_phase
 from ring_train.plan import Phase, Plan, StepPlan
 from ring_train.runtime.distributed import Groups
 from ring_train.runtime.logs import progress_bar
+from ring_train.train.answer_figures import figures_line
+from ring_train.train.answers import AnswerEvaluation, write_answers
 from ring_train.train.evaluation import evaluate
-from ring_train.train.metrics import MetricsWriter, load_figures, step_metrics
+from ring_train.train.metrics import MetricsWriter, answers_path, load_figures, step_metrics
 from ring_train.train.optimizer import gather_parameters
 from ring_train.train.step import StepResult, train_step
 
@@ -37,6 +39,7 @@ class Trainer:
         batches: the data stream.
         checkpoints: where to save.
         groups: process groups and ranks.
+        answers: the evaluation by generated answers; None = there is none.
     """
 
     def __init__(
@@ -47,9 +50,11 @@ class Trainer:
         batches: Batches,
         checkpoints: Checkpointer,
         groups: Groups,
+        answers: AnswerEvaluation | None = None,
     ) -> None:
         self.plan, self.model, self.optimizer = plan, model, optimizer
         self.batches, self.checkpoints, self.groups = batches, checkpoints, groups
+        self.answers = answers
         self.writer: MetricsWriter | None = None
         self.logged_at, self.logged_step = time.monotonic(), 0
         self.phase: Phase | None = None
@@ -114,10 +119,7 @@ class Trainer:
         is_last = state.step == config.train.num_steps
         if state.step % config.logging.interval_steps == 0 or is_last:
             self._log(result, state, at)
-        if _falls_on(state.step, config.train.eval_interval_steps) or (
-            is_last and config.train.eval_interval_steps
-        ):
-            self._validate(state.step)
+        self._measure(state.step, is_last=is_last)
         if _falls_on(state.step, config.checkpoint.interval_steps):
             self._save(state)
         return state
@@ -177,6 +179,29 @@ class Trainer:
             record["learning_rate"],
             tokens_per_s,
         )
+
+    def _measure(self, step: int, *, is_last: bool) -> None:
+        """Run the validation and the evaluation that fall on a step or on the end."""
+        validation = self.plan.config.train.eval_interval_steps
+        if _falls_on(step, validation) or (is_last and validation):
+            self._validate(step)
+        evaluation = self.plan.config.evaluation.interval_steps
+        if _falls_on(step, evaluation) or (is_last and evaluation):
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        if self.answers is None:
+            return
+        started = time.monotonic()
+        gather_parameters(self.model)
+        result = self.answers.run()
+        evaluation_s = time.monotonic() - started
+        self.logged_at += evaluation_s
+        if self.writer is not None:
+            # Answers first: a record says that they are there.
+            write_answers(answers_path(self.writer.run_dir, step), result.answers)
+            self.writer.write("evaluation", step, result.figures)
+            logger.info("step %d  %s  (%.0f s)", step, figures_line(result.figures), evaluation_s)
 
     def _validate(self, step: int) -> None:
         started = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,24 @@ from torch.utils.tensorboard import SummaryWriter
 from ring_train.train.step import StepResult
 
 logger = logging.getLogger(__name__)
+
+FILES = (
+    *("metrics.jsonl", "timing.jsonl", "validation.jsonl", "evaluation.jsonl"),
+    "ledger.jsonl",
+)
+"""Records of a run, each with its step."""
+ANSWERS_NAME = re.compile(r"step_(\d{8,})\.jsonl")
+
+
+def answers_path(run_dir: Path, step: int) -> Path:
+    """Return the file of the answers given after `step` steps."""
+    return run_dir / "answers" / f"step_{step:08d}.jsonl"
+
+
+def answer_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return (step, file) of the answers that a run folder keeps."""
+    names = ((ANSWERS_NAME.fullmatch(p.name), p) for p in run_dir.glob("answers/step_*.jsonl"))
+    return [(int(match[1]), path) for match, path in names if match]
 
 
 def step_metrics(
@@ -80,8 +99,11 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, *, done_steps: int, tensorboard: bool) -> None:
         self.run_dir = run_dir
-        for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl", "ledger.jsonl"):
+        for name in FILES:
             _truncate(run_dir / name, done_steps)
+        for step, path in answer_files(run_dir):
+            if step > done_steps:
+                path.unlink()
         self.board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
             if tensorboard

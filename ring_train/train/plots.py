@@ -19,8 +19,9 @@ def write_plots(plan: Plan, rank: int) -> None:
     if rank != 0:
         return
     run_dir = Path(plan.config.run_dir)
-    metrics, timing, validation = (
-        _read_series(run_dir / f"{name}.jsonl") for name in ("metrics", "timing", "validation")
+    metrics, timing, validation, evaluation = (
+        _read_series(run_dir / f"{name}.jsonl")
+        for name in ("metrics", "timing", "validation", "evaluation")
     )
     if not metrics:
         return
@@ -29,7 +30,6 @@ def write_plots(plan: Plan, rank: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     panels: list[tuple[str, Series]] = [
         ("training loss by domain (nats)", _select(metrics, "lm_loss/")),
         ("validation loss by domain (nats)", _select(validation, "valid_loss/")),
@@ -38,6 +38,16 @@ def write_plots(plan: Plan, rank: int) -> None:
         ("busiest expert / mean, per layer", _select(metrics, "router_layer/max_over_mean/")),
         ("tokens per second", _select(timing, "tokens_per_s", exact=True)),
     ]
+    if evaluation:
+        panels += [
+            ("accuracy of answers", _select(evaluation, "accuracy", "accuracy/", exact=True)),
+            (
+                "entropy of answers (nats)",
+                _select(evaluation, "entropy_nats", "entropy_nats/", exact=True),
+            ),
+        ]
+    columns = len(panels) // 2
+    figure, axes = pyplot.subplots(2, columns, figsize=(5 * columns, 8), layout="constrained")
     for axis, (title, series) in zip(axes.flat, panels, strict=True):
         _draw(axis, title, series)
     figure.suptitle(f"{run_dir.name}: {plan.cost.num_parameters / 1e6:.1f}M parameters")

@@ -31,6 +31,7 @@ DATA_FILE = "data.json"
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "numpy", "hydra-core", "ring-train")
 MAY_CHANGE = (
     *("train.stop_after_step", "train.time_limit_s", "run_dir", "logging.", "checkpoint."),
+    "evaluation.",
     "data.index_dir",
 )
 """Beginnings of the keys that no figure of a run depends on."""

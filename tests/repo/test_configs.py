@@ -24,6 +24,8 @@ FINE_TUNED = {
 REQUIRED = {
     "score": ["hf_dir=a", "prompts=b", "output=c"],
     "export": ["checkpoint=a", "output=b"],
+    "evaluate": ["checkpoint=a"],
+    "select_checkpoint": ["run=a"],
     "generate": ["hf_dir=a", "prompt=b"],
     "reproduce": ["run=a"],
     "pretrain": ["model=tiny"],

@@ -115,8 +115,11 @@ def test_many_answers_are_shared_by_processes_and_come_in_order() -> None:
             os.kill(pid, 0)
 
 
-def test_expected_answers_without_a_value_are_named(grader: Grader) -> None:
-    found = grader.not_understood(["12", "", "3", "x" * (MAX_CHARACTERS + 1)])
-    assert list(found) == ["", "x" * (MAX_CHARACTERS + 1)]
-    assert "no value" in found[""]
-    assert grader.not_understood([]) == {}
+def test_expected_answers_without_a_value_are_told(grader: Grader) -> None:
+    found = grader.check_expected(["12", "!!!", r"\frac{1}{2}", "x" * (MAX_CHARACTERS + 1)])
+    assert [item.has_value for item in found] == [True, False, True, False]
+    too_long = f"longer than {MAX_CHARACTERS} characters"
+    assert [item.failure for item in found] == [None, None, None, too_long]
+    assert grader.check_expected([]) == []
+    same, other = grader.grade([("!!!", "!!!"), ("!!!", "12")])
+    assert (same.is_correct, other.is_correct) == (True, False)

@@ -11,7 +11,7 @@ import torch
 
 import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
 from ring_train.model.router import RouterLoad
-from ring_train.train.metrics import MetricsWriter, load_figures, step_metrics
+from ring_train.train.metrics import MetricsWriter, answers_path, load_figures, step_metrics
 from ring_train.train.step import LossSums, StepResult
 
 
@@ -33,6 +33,18 @@ def test_resume_drops_the_records_past_the_restored_step(tmp_path: Path) -> None
     writer.write("metrics", 5, {"value": 1.5})
     assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_resume_drops_the_answers_past_the_restored_step(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        path = answers_path(tmp_path, step)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}\n")
+    write(tmp_path, "evaluation.jsonl", range(2, 8, 2))
+    MetricsWriter(tmp_path, done_steps=4, tensorboard=False)
+    kept = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert kept == ["step_00000002.jsonl", "step_00000004.jsonl"]
+    assert steps_of(tmp_path / "evaluation.jsonl") == [2, 4]
 
 
 def test_what_is_kept_is_kept_byte_for_byte(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def test_a_png_is_drawn_from_the_records(num_steps: int, tmp_path: Path) -> None
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_every_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(title of the panel, label) of each curve that is drawn."""
     import matplotlib.axes
 
     drawn = []
@@ -51,6 +53,29 @@ def test_every_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             drawn.append((axis.get_title(), words["label"])) or plot(axis, *args, **words)
         ),
     )
+    return drawn
+
+
+def test_answers_are_drawn_where_there_are_some(
+    tmp_path: Path, drawn: list[tuple[str, str]]
+) -> None:
+    write_records(tmp_path, 3)
+    record = {
+        **{"accuracy": 0.5, "accuracy_standard_error": 0.1, "accuracy/math": 0.5},
+        **{"entropy_nats": 0.4, "entropy_nats/math": 0.4, "length_tokens": 9.0},
+    }
+    lines = [json.dumps({"step": step, **record}) for step in (2, 3)]
+    (tmp_path / "evaluation.jsonl").write_text("\n".join(lines) + "\n")
+    write_plots(plan_of(tmp_path), rank=0)
+    assert drawn[-4:] == [
+        ("accuracy of answers", "accuracy"),
+        ("accuracy of answers", "math"),
+        ("entropy of answers (nats)", "entropy_nats"),
+        ("entropy of answers (nats)", "math"),
+    ]
+
+
+def test_every_curve_is_drawn(tmp_path: Path, drawn: list[tuple[str, str]]) -> None:
     write_records(tmp_path, 3)
     write_plots(plan_of(tmp_path), rank=0)
     assert drawn == [
