@@ -21,7 +21,7 @@ from ring_train.errors import UserError
 from ring_train.generation.answers import Answer, gather_answers
 from ring_train.generation.rows import Row, make_row
 from ring_train.generation.sampling import Sampling, check_request
-from ring_train.generation.slots import Slots
+from ring_train.generation.slots import Slots, deal
 from ring_train.generation.stages import broadcast_from_sampler, is_sampler, run_stages
 from ring_train.model.decoding import CachedMixer
 from ring_train.model.language_model import HybridLanguageModel
@@ -32,6 +32,7 @@ from ring_train.ops.sampling import (
     position_uniforms,
 )
 from ring_train.plan import Plan, context_tokens
+from ring_train.platform import native_calls
 from ring_train.runtime.distributed import Groups
 
 
@@ -112,7 +113,7 @@ class Generator:
             max_batch_size=self.max_batch_size,
             max_prefill_tokens=self.max_prefill_tokens,
         )
-        with _evaluating(self.model):
+        with _evaluating(self.model), native_calls():
             self._run(slots, sampling)
         return gather_answers(slots.finished(), num_samples, group)
 
@@ -161,17 +162,6 @@ class Generator:
         if slots.n:
             broadcast_from_sampler(values, self.groups)
         return values.cpu().numpy()
-
-
-def deal(num_prompts: int, num_samples: int, replicas: int, rank: int) -> list[int]:
-    """Return the numbers prompt * num_samples + sample that a replica works on.
-
-    Replicas differ by one sequence at most. Prompts are taken with a stride, so that an order by
-    length does not give one replica all the long ones; samples of a prompt stay together.
-    """
-    order = sorted(range(num_prompts), key=lambda prompt: (prompt % replicas, prompt))
-    numbers = [prompt * num_samples + sample for prompt in order for sample in range(num_samples)]
-    return numbers[len(numbers) * rank // replicas : len(numbers) * (rank + 1) // replicas]
 
 
 def _sample(logits: torch.Tensor, slots: Slots, sampling: Sampling) -> torch.Tensor:

@@ -167,3 +167,14 @@ class Slots:
     def finished(self) -> Written:
         """Return what all sequences have written."""
         return self.record.written(self.all)
+
+
+def deal(num_prompts: int, num_samples: int, replicas: int, rank: int) -> list[int]:
+    """Return the numbers prompt * num_samples + sample that a replica works on.
+
+    Replicas differ by one sequence at most. Prompts are taken with a stride, so that an order by
+    length does not give one replica all the long ones; samples of a prompt stay together.
+    """
+    order = sorted(range(num_prompts), key=lambda prompt: (prompt % replicas, prompt))
+    numbers = [prompt * num_samples + sample for prompt in order for sample in range(num_samples)]
+    return numbers[len(numbers) * rank // replicas : len(numbers) * (rank + 1) // replicas]

@@ -16,8 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from ring_train.model.attention import DocumentAttention, GroupedQueryAttention
+from ring_train.model.experts import Experts, MixtureOfExperts
 from ring_train.model.lightning import LightningAttention
 from ring_train.model.lora import column_parallel, row_parallel
 from ring_train.model.norm import RMSNorm
@@ -109,14 +109,14 @@ def dense_spec(plan: Plan, config: TransformerConfig) -> partial[MLP]:
     return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(plan, "mlp"))
 
 
-def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MoELayer]:
+def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]:
     """Return the builder of the mixture of experts: router, experts, shared expert."""
     shared = plan.config.model.moe_shared_expert_intermediate_size
     return partial(
-        MoELayer,
+        MixtureOfExperts,
         submodules=MoESubmodules(
             router=partial(SigmoidRouter, model=plan.config.model),
-            experts=partial(SequentialMLP, submodules=_mlp_submodules(plan, "experts")),
+            experts=partial(Experts, submodules=_mlp_submodules(plan, "experts")),
             shared_experts=(
                 partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))
                 if shared

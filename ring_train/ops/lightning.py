@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ring_train.ops.decay import decay_weights
 from ring_train.ops.documents import document_indices, document_lengths
-from ring_train.ops.lightning_state import read_state, run_state
+from ring_train.ops.lightning_state import read_state
 from ring_train.ops.precision import compute_dtype
 
 SCAN_BLOCK = 64
@@ -92,16 +92,23 @@ def lightning_attention_step(
     state: Float[Tensor, "b n d dv"],
     *,
     scale: float | None = None,
-) -> tuple[Float[Tensor, "b n dv"], Float[Tensor, "b n d dv"]]:
-    """Return the output of one token per sequence in the dtype of `q`, and the new states."""
+) -> Float[Tensor, "b n dv"]:
+    """Return the output of one token per sequence in the dtype of `q`; move `state` on in place.
+
+    The state is contiguous and in fp32, or in fp64 for fp64 inputs.
+    """
     _check_inputs(q, k, v, slopes)
     _check_state(state, (*q.shape, v.shape[2]))
     dtype = compute_dtype(q.dtype)
+    if state.dtype != dtype:
+        raise ValueError(f"state is {state.dtype} for {q.dtype} inputs; keep it in {dtype}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    decay = torch.exp(-slopes.detach().double()).to(dtype)[:, None, None]  # [n, 1, 1]
-    state = state.to(dtype) * decay + k.to(dtype).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
-    output = (scale * q.to(dtype)).unsqueeze(-2) @ state  # [b, n, 1, dv]
-    return output.squeeze(-2).to(q.dtype), state
+    state.mul_(torch.exp(-slopes.detach().double()).to(dtype)[:, None, None])
+    flat = state.view(-1, *state.shape[2:])  # [b*n, d, dv]
+    query, key, value = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
+    flat.baddbmm_(key.unsqueeze(2), value.unsqueeze(1))
+    output = (scale * query).unsqueeze(1) @ flat  # [b*n, 1, dv]
+    return output.view(v.shape).to(q.dtype)
 
 
 def lightning_attention_recurrent_reference(
@@ -329,14 +336,17 @@ def _final_state(
     initial_state: Float[Tensor, "documents n d dv"] | None,
 ) -> Float[Tensor, "documents n d dv"]:
     """Return the state after the last token of each document."""
-    states = []
-    for document, (key, value) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
-        state = run_state(key, value, rates)
-        if initial_state is not None:
-            kept = torch.exp(-rates * key.shape[0]).to(k.dtype)[:, None, None]
-            state = state + kept * initial_state[document]
-        states.append(state)
-    return torch.stack(states)
+    counts = torch.tensor(lengths, device=k.device)
+    ends = torch.repeat_interleave(counts.cumsum(0), counts, output_size=k.shape[0])
+    ages = ends - 1 - torch.arange(k.shape[0], device=k.device)  # [t], of each token at its end
+    left = k * decay_weights(rates, ages, k.dtype).mT.unsqueeze(2)  # [t, n, d]
+    keys, values = left.permute(1, 2, 0), v.transpose(0, 1)  # [n, d, t], [n, t, dv]
+    parts = zip(keys.split(lengths, 2), values.split(lengths, 1), strict=True)
+    states = torch.stack([key @ value for key, value in parts])
+    if initial_state is None:
+        return states
+    kept = decay_weights(rates, counts, k.dtype).mT[:, :, None, None]  # [documents, n, 1, 1]
+    return states + kept * initial_state
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:

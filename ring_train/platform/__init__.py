@@ -10,9 +10,9 @@ import warnings
 warnings.filterwarnings("ignore", message="Apex is not installed")
 warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
 
-from ring_train.platform.cpu import install  # noqa: E402  (after the filters)
+from ring_train.platform.cpu import install, native_calls  # noqa: E402  (after the filters)
 
 IS_CPU = install()
 """True where this process has no CUDA device and runs megatron-core on the CPU and gloo."""
 
-__all__ = ["IS_CPU"]
+__all__ = ["IS_CPU", "native_calls"]
