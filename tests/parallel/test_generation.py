@@ -65,7 +65,7 @@ def samplings() -> list[Any]:
 
     return [
         Sampling(max_new_tokens=6, stop_tokens=(), temperature=0),
-        Sampling(max_new_tokens=10, stop_tokens=STOP, temperature=0.9, top_p=0.95, top_k=300),
+        Sampling(max_new_tokens=8, stop_tokens=STOP, temperature=0.9, top_p=0.95, top_k=300),
     ]
 
 
@@ -258,7 +258,6 @@ def train_two_steps(overrides: list[str], between: bool) -> dict[str, Any]:
 TRAINED = {
     "one_rank": (1, []),
     "tp2_sp": (2, TP2),
-    "pp2_vpp2": (2, VPP2),
     "dp2_overlap": (
         2,
         [

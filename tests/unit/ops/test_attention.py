@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ring_train.ops.attention import document_attention, document_attention_reference
+from ring_train.ops.attention import (
+    cached_attention,
+    document_attention,
+    document_attention_reference,
+)
 
 TIGHT_FP64 = 1e-10  # values up to 1e1, sums of up to 1e3 roundings of 1e-16
 RELATIVE_FP32 = 5e-6  # of the largest value: about 20 roundings of 6e-8 in a row of sums
@@ -128,3 +132,35 @@ def test_wrong_inputs_are_refused(change: dict[str, Any], match: str) -> None:
     options = {"cu_seqlens": torch.tensor([0, 2, 5])}
     with pytest.raises(ValueError, match=match):
         inspect.unwrap(document_attention)(**(inputs | options | change))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, TIGHT_FP64), (torch.bfloat16, ROUNDING_BF16)]
+)
+def test_a_cached_query_sees_the_keys_of_its_sequence(
+    heads: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    """Against the last query of each sequence as a document; what lies behind a length is noise."""
+    lengths = (1, 7, 30, 29)
+    inputs = make_inputs(lengths, heads, dtype)
+    expected = document_attention_reference(**inputs, cu_seqlens=cu_seqlens_of(lengths), scale=0.7)
+    last = torch.tensor(lengths).cumsum(0) - 1
+    cache = {
+        name: torch.full((len(lengths), 33, heads[1], HEAD_DIM), 1e4, dtype=dtype)
+        for name in ("k", "v")
+    }
+    for name, tensor in cache.items():
+        for slot, part in enumerate(inputs[name].split(lengths)):
+            tensor[slot, : len(part)] = part
+    found = cached_attention(
+        inputs["q"][last], cache["k"], cache["v"], lengths=torch.tensor(lengths), scale=0.7
+    )
+    assert found.dtype == dtype
+    assert float((found - expected[last]).abs().max()) <= tolerance
+
+
+def test_cached_heads_that_do_not_fit_are_refused() -> None:
+    keys = torch.zeros(2, 5, 3, HEAD_DIM)
+    with pytest.raises(ValueError, match="n a multiple of g"):
+        cached_attention(torch.zeros(2, 4, HEAD_DIM), keys, keys, lengths=torch.ones(2).long())

@@ -243,6 +243,12 @@ def test_decode_steps_equal_the_chunked_form() -> None:
     torch.testing.assert_close(state, whole["final_state"], rtol=0, atol=TIGHT_FP64)
 
 
+def test_a_state_of_another_dtype_is_refused() -> None:
+    q, state = torch.zeros(2, HEADS, 4), torch.zeros(2, HEADS, 4, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="keep it in"):
+        lightning_attention_step(q, q, q, torch.ones(HEADS), state)
+
+
 def test_scale_multiplies_the_output_and_defaults_to_the_head_dim() -> None:
     inputs = make_inputs((20,))
     slopes = decay_slopes(HEADS, 1, 4, "zero_based")
