@@ -86,6 +86,8 @@ def evaluation_plan(config: EvaluateConfig, source: InitialModel) -> Plan:
         base,
         data=DataConfig(tokenizer=config.tokenizer or source.tokenizer),
         evaluation=config.evaluation,
+        init_from=str(source.folder),
+        lora=source.lora,
         seed=config.seed,
     )
     return make_plan(base, world_size())

@@ -10,6 +10,7 @@ from pathlib import Path
 from ring_train.config import (
     Config,
     DecayLayerRule,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -30,6 +31,8 @@ class InitialModel:
     """Folder; empty if a checkpoint names none."""
     precision: Precision | None
     """In which a checkpoint was trained; None = a Hugging Face folder."""
+    lora: LoraConfig
+    """Adapters beside the weights."""
 
 
 def read_initial_model(
@@ -52,6 +55,7 @@ def read_initial_model(
             model=read_model_config(folder, decay_layer_rule),
             tokenizer=str(folder),
             precision=None,
+            lora=LoraConfig(),
         )
     from ring_train.checkpoint.manifest import STATE_FILE
 
@@ -63,6 +67,7 @@ def read_initial_model(
         model=model_at(plan, step),
         tokenizer=saved.data.tokenizer,
         precision=saved.train.precision,
+        lora=saved.lora,
     )
 
 

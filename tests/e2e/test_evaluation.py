@@ -126,6 +126,22 @@ def test_a_run_is_evaluated_and_not_changed_by_it(
     select(on_ranks, run)
 
 
+def test_adapters_are_evaluated_with_their_weights(
+    writer: Path, training: list[str], problems: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "job.json"
+    words = [*training, f"init_from={writer}", "lora=attention", "optim.lr_warmup_steps=0"]
+    words += ["model.moe_router_bias_update_rate=0"]
+    words += ["optim.lr=0.05", *problems, "evaluation.interval_steps=2", f"run_dir={run}"]
+    succeed(on_ranks, 1, "pretrain", [*words, "train.stop_after_step=2"])
+    succeed(on_ranks, 1, "evaluate", [f"checkpoint={run}", *problems, f"output={output}"])
+    (by_run,), by_job = records(run / "evaluation.jsonl"), json.loads(output.read_text())
+    for key in ("accuracy", "entropy_nats", "length_tokens"):
+        assert by_job[key] == by_run[key], key
+    succeed(on_ranks, 1, "evaluate", [f"hf_dir={writer}", *problems, f"output={output}"])
+    assert json.loads(output.read_text())["entropy_nats"] != by_run["entropy_nats"]
+
+
 def select(on_ranks: OnRanks, run: Path) -> None:
     """Select among the checkpoints of steps 2, 3 and 4, of which 3 was not evaluated."""
     words = [f"run={run}", "min_entropy=0", "max_entropy=9"]
