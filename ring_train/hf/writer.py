@@ -6,7 +6,6 @@ to its place last.
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from ring_train.hf.family import FAMILIES, MODELING_DIR
 from ring_train.hf.reader import open_hf_folder
 from ring_train.hf.shards import INDEX_NAME
 from ring_train.hf.table import Entry, make_table
+from ring_train.hf.transaction import new_folder
 from ring_train.plan import context_tokens
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -74,29 +74,13 @@ def write_hf_folder(
     """
     output = Path(output)
     config = hf_config_dict(model, precision=precision)
-    _check_output(output)
-    _check_tokenizer(Path(tokenizer_dir), model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    with new_folder(output) as partial:
+        _check_tokenizer(Path(tokenizer_dir), model)
         _write_shards(partial, make_table(model), tensors, DTYPES[precision], max_shard_bytes)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", generation_config_dict(model))
+        write_json(partial / "config.json", config)
+        write_json(partial / "generation_config.json", generation_config_dict(model))
         _copy_files(partial, Path(tokenizer_dir), model)
         _verify(partial, model)
-        _check_output(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_output(output: Path) -> None:
-    """Raise unless a folder may appear at `output`."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise HfError(f"output={output} is not a folder; choose a new path")
-    if output.is_dir() and any(output.iterdir()):
-        raise HfError(f"output={output} is not empty; choose a new path or empty it yourself")
 
 
 def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
@@ -132,7 +116,7 @@ def _write_shards(
         (folder / f"{number}.part").rename(folder / shard)
         weight_map.update(dict.fromkeys(names, shard))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / INDEX_NAME, index)
+    write_json(folder / INDEX_NAME, index)
 
 
 def _hf_tensors(
@@ -229,5 +213,6 @@ def expressible_fields(model: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an indented JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,18 +1,24 @@
 """Turn a checkpoint into a Hugging Face folder: `python -m ring_train.jobs.export`.
 
-`checkpoint=DIR output=DIR [precision=bf16|fp32]`. DIR is RUN_DIR/checkpoints/step_00000100 or a
-run folder, which stands for its newest complete checkpoint. One process, whatever layout saved it.
+`checkpoint=DIR output=DIR [precision=bf16|fp32] [adapter=merged|separate]`. DIR is
+RUN_DIR/checkpoints/step_00000100 or a run folder, which stands for its newest complete checkpoint.
+One process, whatever layout saved it.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ring_train.config import (
+    AdapterExport,
     Architecture,
     Config,
     ExportConfig,
+    ModelConfig,
     ParallelConfig,
     Precision,
     compose,
@@ -21,6 +27,9 @@ from ring_train.config import (
 from ring_train.errors import UserError
 from ring_train.plan import Plan, make_plan, model_at
 from ring_train.runtime.errors import run_job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def main(overrides: list[str]) -> None:
@@ -73,26 +82,109 @@ def _check_decay_rule(folder: Path, saved: Config, config: ExportConfig) -> None
         )
 
 
+def check_adapter_keys(plan: Plan, folder: Path, config: ExportConfig) -> None:
+    """Raise a UserError for keys of adapters that this checkpoint or export does not have."""
+    if config.adapter is not None and plan.lora is None:
+        raise UserError(
+            f"adapter={config.adapter} was given, but {folder} was trained without adapters "
+            "(lora.rank=null); leave adapter out"
+        )
+    separate = config.adapter is AdapterExport.separate
+    if config.base_model is not None and not separate:
+        raise UserError(
+            f"base_model={config.base_model} is written into separate adapters only; "
+            "add adapter=separate or leave base_model out"
+        )
+    base = config.base_model or plan.config.init_from
+    if separate and not (Path(str(base)) / "config.json").is_file():
+        key = "init_from" if config.base_model is None else "base_model"
+        raise UserError(
+            f"{key}={base} is no Hugging Face folder, and separate adapters name that of the "
+            "weights beside which they were trained; export these and give base_model=FOLDER"
+        )
+
+
 def export(plan: Plan, folder: Path, config: ExportConfig) -> None:
     """Load the checkpoint and write the folder, which appears whole or not at all."""
     import ring_train.platform  # noqa: F401  (before the first import of megatron.core)
     from ring_train.checkpoint import load_weights
-    from ring_train.hf.writer import write_hf_folder
     from ring_train.model.build import build_model
     from ring_train.model.tensors import local_tensors
     from ring_train.runtime.distributed import start_runtime
 
+    check_adapter_keys(plan, folder, config)
     with start_runtime(plan) as groups:
         model = build_model(plan, groups.collection)
         load_weights(folder, model, plan, groups.collection)
-        write_hf_folder(
-            config.output,
-            plan.config.model,
-            ((item.name, item.tensor) for item in local_tensors(model)),
-            precision=config.precision,
-            tokenizer_dir=plan.config.data.tokenizer,
-        )
+        tensors = [(item.name, item.tensor) for item in local_tensors(model)]
+        if config.adapter is AdapterExport.separate:
+            write_separate(plan, folder, config, tensors)
+        else:
+            write_merged(plan, config, tensors)
     sys.stdout.write(f"exported {folder} to {config.output}\n")
+
+
+def write_merged(plan: Plan, config: ExportConfig, tensors: list[tuple[str, Tensor]]) -> None:
+    """Write the weights, adapters added to them if there are any."""
+    from ring_train.hf.adapters import merged_weights, split_adapters
+    from ring_train.hf.writer import write_hf_folder
+
+    weights, adapters = split_adapters(tensors)
+    scale = 0.0 if plan.lora is None else plan.lora.scale
+    write_hf_folder(
+        config.output,
+        plan.config.model,
+        merged_weights(weights, adapters, scale),
+        precision=config.precision,
+        tokenizer_dir=plan.config.data.tokenizer,
+    )
+
+
+def write_separate(
+    plan: Plan, folder: Path, config: ExportConfig, tensors: list[tuple[str, Tensor]]
+) -> None:
+    """Write the adapters alone, after a look at the weights that they belong to."""
+    from ring_train.hf.adapters import split_adapters
+    from ring_train.hf.config import read_model_config
+    from ring_train.hf.peft import check_base_weights, write_peft_folder
+    from ring_train.jobs.initial_weights import check_same_folder_model
+
+    saved: Config = read_yaml(folder / "config.yaml")
+    weights, adapters = split_adapters(tensors)
+    base = str(config.base_model or saved.init_from)
+    model = read_model_config(base, saved.decay_layer_rule)
+    check_same_folder_model(Path(base), model, saved.model, key="base_model")
+    check_same_positions(Path(base), model, plan.config.model)
+    check_base_weights(Path(base), model, weights, saved.train.precision)
+    write_peft_folder(
+        config.output,
+        saved.model,
+        saved.lora,
+        adapters,
+        precision=config.precision,
+        base_model=base,
+    )
+
+
+POSITION_KEYS = ("rotary_base", "rotary_scaling_factor", "original_max_position_embeddings")
+"""Keys that a stage of training may change and that config.json beside the weights says."""
+
+
+def check_same_positions(folder: Path, base: ModelConfig, trained: ModelConfig) -> None:
+    """Raise a UserError if adapters were trained with another position embedding than the base."""
+    from ring_train.hf.writer import expressible_fields
+
+    theirs, ours = expressible_fields(base), expressible_fields(trained)
+    differing = [
+        f"model.{key}={ours[key]} (folder: {theirs[key]})"
+        for key in POSITION_KEYS
+        if ours[key] != theirs[key]
+    ]
+    if differing:
+        raise UserError(
+            f"base_model={folder} has another position embedding than the adapters were trained "
+            f"with: {'; '.join(differing)}; adapters cannot say that: use adapter=merged"
+        )
 
 
 if __name__ == "__main__":

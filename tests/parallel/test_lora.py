@@ -105,6 +105,34 @@ def test_new_adapters_change_no_bit(precision: str, on_ranks: OnRanks) -> None:
     assert on_ranks(2, first_losses, words) == plain
 
 
+def overfit(overrides: list[str]) -> list[float]:
+    """Return the loss of each step on the same rows."""
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.optimizer import build_optimizer
+    from ring_train.train.step import train_step
+    from tests.parallel.streams import make_micro_batches
+
+    plan = lora_plan(overrides)
+    with start_runtime(plan) as groups:
+        model = build_model(plan, groups.collection)
+        optimizer = build_optimizer(plan, model, groups.collection)
+        rows = make_micro_batches(plan, 0, groups.dp_rank)
+        return [
+            float(
+                train_step(
+                    plan, model, optimizer, rows, groups.collection, step=step, num_domains=1
+                ).sums.lm_loss
+            )
+            for step in range(12)
+        ]
+
+
+def test_adapters_learn_a_few_rows_by_heart(on_ranks: OnRanks) -> None:
+    losses = on_ranks(2, overfit, [*EP2, "optim.lr=2e-2", "train.micro_batch_size=2"])[0]
+    assert losses[-1] < losses[0] - 1.0
+
+
 UPDATE = ["optim.adam_eps=1", "optim.lr=1", "optim.lr_warmup_steps=0", "optim.clip_grad=0"]
 """With such an epsilon Adam's update is nearly linear in the gradients, see tests/layouts."""
 UPDATED = {

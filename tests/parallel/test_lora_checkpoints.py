@@ -25,6 +25,7 @@ from tests.parallel.test_resume import EVERY_STEP, run_until
 
 ETP2 = ["parallel.expert_tensor_parallel_size=2"]
 EXPERTS_OF_STAGE_1 = ["model.first_k_dense_replace=2", "lora.targets=[experts.linear_fc1]"]
+EXPERTS_OF_STAGE_1 += ["parallel.pipeline_layers=[2,2]"]
 ATTENTION = ["lora.targets=[linear_qkv,linear_proj,linear_gate]"]
 LAYOUTS = {
     "one": (1, []),
