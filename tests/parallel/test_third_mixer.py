@@ -125,3 +125,25 @@ def test_the_plan_counts_its_parameters(on_ranks: OnRanks) -> None:
     assert on_ranks(1, count_parameters) == [cost.num_parameters + cost.num_mtp_parameters]
     model = replace(config.model, token_mixers=None)
     assert make_plan(replace(config, model=model), 1).cost.num_parameters != cost.num_parameters
+
+
+def start_generation() -> str:
+    from ring_train.errors import UserError
+    from ring_train.generation import Generator
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+    from tests.parallel.short_runs import short_plan
+
+    plan = short_plan(MIXERS)
+    with start_runtime(plan) as groups:
+        model = build_model(plan, groups.collection)
+        with pytest.raises(UserError, match="max_batch_size=0 leaves room for nothing; set 1"):
+            Generator(plan, model, groups, max_batch_size=0, max_prefill_tokens=1)
+        with pytest.raises(UserError) as caught:
+            Generator(plan, model, groups, max_batch_size=1, max_prefill_tokens=1)
+        return str(caught.value)
+
+
+def test_generation_refuses_a_mixer_without_a_cache(on_ranks: OnRanks) -> None:
+    (message,) = on_ranks(1, start_generation)
+    assert message.startswith("layer 1 mixes tokens by MovingAverage, which has no build_cache")
