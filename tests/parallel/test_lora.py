@@ -31,7 +31,6 @@ LAYOUTS = {
     "cp2": (2, CP2),
     "tp2_ep2": (2, [*TP2, *EP2]),
     "tp2_etp2": (2, [*TP2, *ETP2]),
-    "ep2_etp2": (4, [*EP2, *ETP2]),
     "tp2_pp2_vpp2_full": (4, [*TP2, *VPP2, *FULL]),
     "full": (1, FULL),
     "selective": (1, SELECTIVE),
