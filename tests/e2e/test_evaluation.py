@@ -132,8 +132,9 @@ def test_adapters_are_evaluated_with_their_weights(
     run, output = tmp_path / "run", tmp_path / "job.json"
     words = [*training, f"init_from={writer}", "lora=attention", "optim.lr_warmup_steps=0"]
     words += ["model.moe_router_bias_update_rate=0"]
-    words += ["optim.lr=0.05", *problems, "evaluation.interval_steps=2", f"run_dir={run}"]
-    succeed(on_ranks, 1, "pretrain", [*words, "train.stop_after_step=2"])
+    words += ["optim.lr=0.05", "optim.wsd_decay_steps=0", "train.num_steps=2", f"run_dir={run}"]
+    # No multiple of the interval, but the end.
+    succeed(on_ranks, 1, "pretrain", [*words, *problems, "evaluation.interval_steps=5"])
     succeed(on_ranks, 1, "evaluate", [f"checkpoint={run}", *problems, f"output={output}"])
     (by_run,), by_job = records(run / "evaluation.jsonl"), json.loads(output.read_text())
     for key in ("accuracy", "entropy_nats", "length_tokens"):

@@ -1,6 +1,7 @@
 """Answers are compared by value, and none can hang, crash or fill the memory of what asks."""
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -79,6 +80,13 @@ def test_a_process_that_is_killed_is_replaced(grader: Grader) -> None:
     (grade,) = grader.grade([("2", "2")])
     assert grade.failure == f"math-verify's process ended with status -{int(signal.SIGKILL)}"
     assert grader.grade([("2", "2")]) == [Grade(is_correct=True)]
+
+
+def test_the_memory_of_a_process_is_bounded(grader: Grader) -> None:
+    grader.grade([("1", "1")])
+    process = grader._workers[0]._process
+    assert process is not None
+    assert resource.prlimit(process.pid, resource.RLIMIT_AS)[0] == 2 * 2**30
 
 
 def test_the_time_for_all_answers_is_bounded() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from ring_train.hf.errors import HfError
 from ring_train.hf.prompts import PromptTokenizer
@@ -66,6 +68,15 @@ def test_a_template_without_such_a_token_has_none(folders: dict[str, Path], tmp_
     assert PromptTokenizer(folder).end_of_turn({}) is None
 
 
+def test_a_token_of_text_ends_no_answer(folders: dict[str, Path], tmp_path: Path) -> None:
+    """`</tool_call>` is a token of its own, but not a special one."""
+    template = "{% for m in messages %}{{ m.content + '</tool_call><|role_end|>' }}{% endfor %}"
+    tokenizer = PromptTokenizer(with_template(folders["ours"], tmp_path / "text", template))
+    end = tokenizer.end_of_turn({})
+    assert end is not None
+    assert tokenizer.decode([end]) == "<|role_end|>"
+
+
 @pytest.mark.parametrize("shape", SERVED)
 def test_only_a_prompt_that_opens_the_reasoning_is_thinking(
     shape: str, folders: dict[str, Path]
@@ -81,6 +92,21 @@ def test_a_text_is_its_own_prompt(folders: dict[str, Path]) -> None:
     prompt = tokenizer.text_prompt("ab 12\n")
     assert tokenizer.decode(prompt.ids) == prompt.text == "ab 12\n"
     assert not prompt.is_thinking
+
+
+def test_no_token_is_added_to_what_is_rendered(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bos"
+    shutil.copytree(folders["ours"], folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = "<|startoftext|>"
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    plain, adding = (PromptTokenizer(path) for path in (folders["ours"], folder))
+    messages = messages_of("12?")
+    assert adding.chat_prompt(messages, {}).ids == plain.chat_prompt(messages, {}).ids
+    assert adding.text_prompt("12?").ids == plain.text_prompt("12?").ids
 
 
 def with_template(folder: Path, target: Path, template: Any) -> Path:
