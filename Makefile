@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-unit test-crash test-layouts test-hf457 bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ $(INSTALLED): requirements/dev.txt requirements/uv.txt pyproject.toml
 	$(UV) pip sync --quiet --compile-bytecode --python $(PYTHON) requirements/dev.txt
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+demo-sft: $(INSTALLED)  ## fine-tune the demo on worked sums, solve held-out ones (after demo)
+	$(PYTHON) tools/demo_sft.py
 
 demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generated text
 	$(PYTHON) tools/demo.py

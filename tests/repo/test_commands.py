@@ -57,7 +57,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "make test" in script.read_text()
 
 
-@pytest.mark.parametrize("target", ["install", "demo", "test", "check", "test-hf457"])
+@pytest.mark.parametrize("target", ["install", "demo", "demo-sft", "test", "check", "test-hf457"])
 def test_make_can_plan_each_target(target: str) -> None:
     command = ["make", "--dry-run", "--always-make", target]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ NUM_STEPS = 100
 FINE_TUNED = {
     **{"demo_sft": "small", "long_cot": "ring_mini_linear_2_0", "ring_lite_sft": "ring_lite"},
     **{"long_cot_staged": "ring_lite", "ring_linear_sft": "ring_mini_linear_2_0"},
+    "ling_2_0_sft": "ling_mini_2_0",
 }
 """Experiments of `sft`, and a model that each is meant for."""
 REQUIRED = {
