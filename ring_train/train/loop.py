@@ -170,11 +170,11 @@ class Trainer:
             {"step_s": step_s, "tokens_per_s": tokens_per_s, "model_flops_per_s": flops_per_s},
         )
         logger.info(
-            "step %d/%d  lm_loss %.4f  mtp_loss %.4f  grad_norm %.3f  lr %.3g  %.0f tokens/s",
+            "step %d/%d  lm_loss %.4f%s  grad_norm %.3f  lr %.3g  %.0f tokens/s",
             step,
             self.plan.config.train.num_steps,
             record["lm_loss"],
-            record.get("mtp_loss/1", 0.0),
+            f"  mtp_loss {record['mtp_loss/1']:.4f}" if "mtp_loss/1" in record else "",
             record["grad_norm"],
             record["learning_rate"],
             tokens_per_s,

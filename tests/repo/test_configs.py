@@ -58,7 +58,8 @@ def test_every_model_dry_runs(preset: str) -> None:
 def test_every_experiment_plans(experiment: str) -> None:
     words = [f"experiment={experiment}"]
     if experiment in FINE_TUNED:
-        config = compose("sft", [*words, f"model={FINE_TUNED[experiment]}"])
+        given = [f"model={FINE_TUNED[experiment]}", "data.tokenizer=that_of_init_from"]
+        config = compose("sft", [*words, *given])
         make_any_length(config)
     else:
         config = compose("pretrain", words)
