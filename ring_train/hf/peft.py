@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ring_train.config import LoraConfig, ModelConfig, Precision
 from ring_train.hf.adapters import Adapter
 from ring_train.hf.errors import HfError
 from ring_train.hf.reader import open_hf_folder
+from ring_train.hf.shards import write_tensors
 from ring_train.hf.table import Entry, make_table
 from ring_train.hf.transaction import new_folder
 from ring_train.hf.writer import DTYPES, write_json
@@ -69,7 +69,7 @@ def write_peft_folder(
     assert {module for module in every_module if re.fullmatch(pattern, module)} == modules
     with new_folder(Path(output)) as partial:
         write_json(partial / CONFIG_NAME, _peft_config(lora, pattern, base_model))
-        save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS_NAME, tensors)
         with safe_open(partial / WEIGHTS_NAME, framework="pt") as written:
             assert set(written.keys()) == tensors.keys()
 

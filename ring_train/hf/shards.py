@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from ring_train.hf.errors import HfError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -104,3 +107,14 @@ def _is_tensor(name: str) -> bool:
 
 def _stored(path: Path, entry: dict[str, Any]) -> Stored:
     return Stored(shard=path, dtype=str(entry["dtype"]), shape=tuple(entry["shape"]))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file with the permissions that any other new file gets.
+
+    The library makes it readable for its owner alone, and who serves a folder is often another.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)

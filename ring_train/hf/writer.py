@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from ring_train.hf.config import generation_config_dict, hf_config_dict, read_mo
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, MODELING_DIR
 from ring_train.hf.reader import open_hf_folder
-from ring_train.hf.shards import INDEX_NAME
+from ring_train.hf.shards import INDEX_NAME, write_tensors
 from ring_train.hf.table import Entry, make_table
 from ring_train.hf.transaction import new_folder
 from ring_train.plan import context_tokens
@@ -109,7 +108,7 @@ def _write_shards(
     for part in _parts(_hf_tensors(table, tensors, dtype), max_shard_bytes):
         shards.append(list(part))
         total_bytes += sum(map(_num_bytes, part.values()))
-        save_file(part, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        write_tensors(folder / f"{len(shards)}.part", part)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

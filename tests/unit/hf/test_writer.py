@@ -182,3 +182,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny: ModelConfig, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     match = "lacks tokenizer.json, tokenizer_config.json"
     assert_refused(tmp_path / "out", tiny, match, tokenizer_dir=tmp_path / "empty")
+
+
+def test_who_may_read_the_config_may_read_the_weights(exported: dict[str, Path]) -> None:
+    """A server often runs as another user; safetensors writes for the owner alone."""
+    folder = exported["ling_v2"]
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == {(folder / "config.json").stat().st_mode & 0o777}
