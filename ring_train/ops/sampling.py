@@ -40,17 +40,22 @@ def choose_tokens(
 
     The distribution is sharpened by the temperature, cut to the `top_k` likeliest tokens, then to
     the fewest likeliest whose probabilities (of what is left) reach `top_p`; at least one remains.
+    A token is one of the v whatever the logits are, NaN included.
 
     Args:
         logprobs: log-probabilities, or logits.
         uniforms: fp64 numbers in [0, 1): where the choice lies in the cumulative distribution.
-        temperature: 0 for the likeliest token.
+        temperature: finite; 0 for the likeliest token.
         top_k: at least 1; None for no cut.
         top_p: above 0, at most 1, which is no cut.
     """
     if temperature == 0:
         return logprobs.argmax(-1)
-    probabilities = torch.softmax(logprobs / temperature, dim=-1)
+    # Beyond these bounds nothing changes but that a float (or its inverse) overflows.
+    smallest = torch.finfo(logprobs.dtype).tiny
+    temperature = min(max(temperature, smallest), 1 / smallest)
+    distances = logprobs - logprobs.amax(-1, keepdim=True)
+    probabilities = torch.softmax(distances / temperature, dim=-1)
     if top_p == 1 and (top_k is None or top_k >= logprobs.shape[1]):
         return _inverse_distribution(probabilities.cumsum(-1, dtype=torch.float64), uniforms)
     sorted_probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -69,7 +74,8 @@ def _inverse_distribution(
     """Return the first outcome whose cumulative weight exceeds uniform times the total."""
     total = cumulative[:, -1:].contiguous()
     wanted = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, 0 * total))
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+    outcomes = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+    return outcomes.clamp(max=cumulative.shape[1] - 1)
 
 
 def position_uniforms(

@@ -85,6 +85,31 @@ def test_temperature_sharpens_and_zero_takes_the_likeliest() -> None:
     assert choices([0.75, 0.25], [0.49, 0.51], temperature=1e6) == [0, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.99}])
+def test_temperatures_may_be_of_any_size(cut: dict[str, Any], dtype: torch.dtype) -> None:
+    logits = torch.tensor([[-torch.inf, -90.0, -90.0 + 1e-5, -100.0]], dtype=dtype).expand(3, -1)
+    numbers = torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64)
+    for temperature in (5e-324, 1e-310, 1e-40, 1e-30):
+        assert choose_tokens(logits, numbers, temperature=temperature, **cut).tolist() == [2] * 3
+    for temperature in (1e30, 1e40, 1.7e308):
+        tokens = choose_tokens(logits, numbers, temperature=temperature, **cut).tolist()
+        assert sorted(tokens) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_choose_a_token_of_the_vocabulary(
+    wrong: float, temperature: float, cut: dict[str, Any]
+) -> None:
+    numbers = torch.tensor([0.0, 0.999], dtype=torch.float64)
+    for logits in (torch.tensor([[0.0, wrong, 1.0]] * 2), torch.full((2, 3), wrong)):
+        logprobs = next_token_logprobs(logits)
+        tokens = choose_tokens(logprobs, numbers, temperature=temperature, **cut)
+        assert ((tokens >= 0) & (tokens < 3)).all()
+
+
 @pytest.mark.parametrize("cut", [{}, {"top_k": 16}, {"top_p": 0.9999}])
 def test_frequencies_are_those_of_the_distribution(cut: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(5)
