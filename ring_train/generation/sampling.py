@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Sampling:
     top_k: int | None = None
     """Only so many likeliest tokens; None = no cut."""
     seed: int = 1234
-    """With the same seed, prompts and weights, the same answers."""
+    """0 to 2**63 - 1; with the same seed, prompts and weights, the same answers."""
 
 
 def check_request(
@@ -74,12 +75,17 @@ def _sampling_problems(sampling: Sampling, num_samples: int, vocab_size: int) ->
         f"max_new_tokens={sampling.max_new_tokens} is less than the one token that an answer "
         "needs; set 1 or more": sampling.max_new_tokens < 1,
         f"temperature={sampling.temperature} is negative; set 0 for the likeliest token, or "
-        "more": not sampling.temperature >= 0,
+        "more": sampling.temperature < 0,
+        f"temperature={sampling.temperature} is not finite; set 0 for the likeliest token, 1 for "
+        "the model's own distribution, or another number": not math.isfinite(sampling.temperature),
         f"top_p={sampling.top_p} is no probability above 0; set it above 0 and at most 1": not 0
         < sampling.top_p
         <= 1,
         f"top_k={top_k} keeps no token; set 1 or more, or None for no cut": top_k is not None
         and top_k < 1,
+        f"seed={sampling.seed} is outside 0 <= seed < 2**63; choose one in that range": not 0
+        <= sampling.seed
+        < 2**63,
         f"num_samples={num_samples} asks for no answer; set 1 or more": num_samples < 1,
         f"stop_tokens={stop} are not all below vocab_size={vocab_size}; take the ids from the "
         "tokenizer of this model": any(not 0 <= token < vocab_size for token in stop),

@@ -16,7 +16,7 @@ def check(prompts: list[list[int]], num_samples: int = 1, **changes: Any) -> Non
 
 def test_a_good_request_passes() -> None:
     check([[1], [9] * 5], temperature=0, top_k=1, top_p=1)
-    check([])
+    check([], seed=2**63 - 1)
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,14 @@ def test_a_good_request_passes() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 is less than .*; set 1 or more"),
         ({"temperature": -0.1}, "temperature=-0.1 is negative; set 0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("nan")}, "temperature=nan is not finite; set 0"),
+        ({"temperature": float("inf")}, "temperature=inf is not finite; set 0"),
         ({"top_p": 0.0}, "top_p=0.0 .*; set it above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_p": float("nan")}, "top_p=nan .*; set it above 0 and at most 1"),
+        ({"top_p": float("inf")}, "top_p=inf .*; set it above 0 and at most 1"),
+        ({"seed": -1}, r"seed=-1 is outside 0 <= seed < 2\*\*63; choose"),
+        ({"seed": 2**63}, "seed=9223372036854775808 is outside"),
         ({"top_k": 0}, "top_k=0 keeps no token; set 1 or more, or None"),
         ({"num_samples": 0}, "num_samples=0 asks for no answer"),
         ({"stop_tokens": (10,)}, "not all below vocab_size=10"),
