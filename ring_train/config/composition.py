@@ -40,6 +40,8 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 ROOTS: dict[str, type] = {
     "pretrain": Config,
     "sft": Config,
+    "dry_run_sft": DryRunConfig,
+    "build_index_sft": Config,
     "dry_run": DryRunConfig,
     "build_index": Config,
     "explain": ExplainConfig,

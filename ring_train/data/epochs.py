@@ -18,6 +18,8 @@ from ring_train.plan.phases import ONLY_PHASE, Sizes, phase_sizes
 
 logger = logging.getLogger(__name__)
 
+MAX_EPOCHS = 1_000_000
+
 
 def count_epochs(config: Config) -> Config:
     """Return the config, which has epochs, with steps and rows of each domain in their place.
@@ -58,13 +60,26 @@ def epoch_problems(config: Config) -> list[str]:
                 f"train.num_epochs={train.num_epochs} and train.num_steps={train.num_steps} both "
                 "give the length of the run; set train.num_steps=0 or train.num_epochs=null"
             )
+    given = [phase.num_epochs for phase in config.phases.values()]
+    if given and None not in given and train.num_steps:
+        problems.append(
+            f"train.num_steps={train.num_steps}, but the epochs of the phases give the length; set "
+            "train.num_steps=0 (train.stop_after_step ends a run early)"
+        )
     for name, phase in _phases(config).items():
         path = f"phases.{name}" if config.phases else "train"
         epochs = phase.num_epochs
         if epochs is None:
             continue
-        if not (epochs > 0 and isfinite(epochs)):
-            problems.append(f"{path}.num_epochs={epochs} is not positive; choose e.g. 3")
+        if not 0 < epochs <= MAX_EPOCHS:
+            problems.append(
+                f"{path}.num_epochs={epochs} is not above 0 and at most {MAX_EPOCHS}; choose e.g. 3"
+            )
+        problems += [
+            f"{path}.weights.{name}={weight} is not 0 or more; a weight is a factor on the passes"
+            for name, weight in phase.weights.items()
+            if not (weight >= 0 and isfinite(weight))
+        ]
         for key in ("tokens", "num_steps", "batch_ramp"):
             if getattr(phase, key):
                 problems.append(

@@ -1,15 +1,16 @@
 """Build what a run maps, and check its mixture: `python -m ring_train.jobs.build_index`.
 
-Takes the words of `pretrain`, and WORLD_SIZE from the environment (otherwise the fewest ranks that
-hold the model). One process without accelerator; a run that finds the files in data.index_dir
-starts at once, one that does not builds them itself.
+Takes the words of `pretrain`, with `job=sft` those of `sft`, and WORLD_SIZE from the environment
+(otherwise the fewest ranks that hold the model). One process without accelerator; a run that finds
+the files in data.index_dir starts at once, one that does not builds them itself.
 """
 
 import os
 import sys
 import time
 
-from ring_train.config import Config, compose
+from ring_train.config import Config
+from ring_train.jobs.run_config import run_config
 from ring_train.jobs.run_length import with_num_steps
 from ring_train.plan import make_plan, smallest_world
 from ring_train.runtime.errors import run_job
@@ -17,7 +18,7 @@ from ring_train.runtime.errors import run_job
 
 def main(overrides: list[str]) -> None:
     """Build the index of the run that the overrides describe and print its mixture."""
-    config: Config = compose("build_index", overrides)
+    config: Config = run_config("build_index", overrides)
     world_size = int(os.environ.get("WORLD_SIZE", smallest_world(config.parallel)))
     plan = make_plan(with_num_steps(config), world_size)
 

@@ -1,5 +1,7 @@
 """Print what a run would be: `python -m ring_train.jobs.dry_run model=PRESET [world_size=N]`.
 
+The words are those of `pretrain`; with `job=sft` those of `sft`.
+
 Starts no process group and imports neither torch nor megatron (a run that is given in epochs reads
 its shards, and then torch is imported). Exits 0 for a legal plan and 2,
 with every problem on standard error, for an illegal one.
@@ -10,8 +12,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ring_train.config import DryRunConfig, ParallelConfig, RecomputeMethod, compose
+from ring_train.config import DryRunConfig, ParallelConfig, RecomputeMethod
 from ring_train.errors import UserError
+from ring_train.jobs.run_config import run_config
 from ring_train.jobs.run_length import with_num_steps
 from ring_train.plan import Phase, Plan, make_plan, plan_record, smallest_world
 
@@ -23,7 +26,7 @@ Row = tuple[str, str]
 def main(words: list[str]) -> int:
     """Print the plan of the given words; return the exit status."""
     try:
-        config: DryRunConfig = compose("dry_run", words)
+        config: DryRunConfig = run_config("dry_run", words)
         world_size = config.world_size
         if world_size is None:
             world_size = smallest_world(config.parallel)

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ring_train.checkpoint import load_weights
+from ring_train.checkpoint import CheckpointError, load_weights
 from ring_train.checkpoint.identity import MAY_DIFFER
 from ring_train.checkpoint.manifest import CONFIG_FILE
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks
@@ -34,6 +34,28 @@ def check_initial_weights(plan: Plan) -> None:
     """
     from_rank_0(lambda: _check(plan))
     from_rank_0(lambda: _check_tokenizer(plan))
+
+
+def check_same_start(plan: Plan) -> None:
+    """Raise a UserError if a run that has begun is given another `init_from` than it began with.
+
+    Rank 0 looks, and all ranks raise. Collective over all ranks.
+    """
+    from_rank_0(lambda: _check_start(plan))
+
+
+def _check_start(plan: Plan) -> None:
+    record = Path(plan.config.run_dir) / CONFIG_FILE
+    now = plan.config.init_from
+    if now is None or not record.is_file():
+        return
+    began: Config = read_yaml(record)
+    if began.init_from is not None and Path(began.init_from).resolve() != Path(now).resolve():
+        raise CheckpointError(
+            f"init_from={now}, but the run in run_dir={plan.config.run_dir} began from "
+            f"{began.init_from} and goes on from its own checkpoint; choose another run_dir, or "
+            "leave init_from as it was"
+        )
 
 
 def _check(plan: Plan) -> None:

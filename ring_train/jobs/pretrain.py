@@ -25,7 +25,11 @@ def pretrain(config: Config) -> None:
     from ring_train.checkpoint import Checkpointer
     from ring_train.data.loader import build_batches
     from ring_train.data.mixture import check_same_samples
-    from ring_train.jobs.initial_weights import check_initial_weights, load_initial_weights
+    from ring_train.jobs.initial_weights import (
+        check_initial_weights,
+        check_same_start,
+        load_initial_weights,
+    )
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.answers import AnswerEvaluation
@@ -40,6 +44,8 @@ def pretrain(config: Config) -> None:
         is_new_run = checkpoints.is_new_run()
         if is_new_run:
             check_initial_weights(plan)
+        else:
+            check_same_start(plan)
         questions = read_questions(plan) if config.evaluation.interval_steps else None
         batches = build_batches(plan)
         model = build_model(plan, groups.collection)

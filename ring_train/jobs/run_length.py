@@ -1,6 +1,9 @@
 """The length of a run that is given in epochs."""
 
+import os
+
 from ring_train.config import Config
+from ring_train.runtime.logs import start_logs
 
 
 def with_num_steps(config: Config) -> Config:
@@ -14,4 +17,5 @@ def with_num_steps(config: Config) -> Config:
         return config
     from ring_train.data.epochs import count_epochs  # imports torch
 
+    start_logs(int(os.environ.get("RANK", "0")))
     return count_epochs(config)

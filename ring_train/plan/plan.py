@@ -156,11 +156,16 @@ BELOW_OR_AT_ONE: dict[str, tuple[str, ...]] = {
 }
 
 
+MAX_SEED = 2**63
+
+
 def value_problems(config: Config, world_size: int) -> list[str]:
     """Return the numbers that are wrong whatever the others are."""
     problems = []
     if world_size < 1:
         problems.append(f"world_size={world_size} is not positive; start at least 1 rank")
+    if not 0 <= config.seed < MAX_SEED:
+        problems.append(f"seed={config.seed} is not from 0 to 2^63 - 1; choose e.g. 1234")
     for path, value in _numbers(config, POSITIVE):
         if not value > 0:
             problems.append(f"{path}={value} is not positive; choose a value above 0")

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from tests.e2e.conftest import made_once, pipeline
 
 SEQ_LENGTH = 128
 EPOCHS = 3
+ROUNDING = 0.0005
+"""Of three printed decimals."""
+LAST_STEP = 0.25
+"""One row more than the epochs may fill the last step; the smaller domain has four rows."""
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -80,7 +86,7 @@ def test_a_run_in_epochs_reads_every_row_as_often(tuned: Path, on_ranks: OnRanks
     epochs = [
         float(line.split()[-1]) for line in outcome.stdout.splitlines() if " train " in f" {line}"
     ]
-    assert epochs == pytest.approx([EPOCHS, EPOCHS], rel=0.15), outcome.stdout
+    assert all(EPOCHS - ROUNDING <= read <= EPOCHS + LAST_STEP for read in epochs), outcome.stdout
 
 
 def test_a_run_stopped_in_an_epoch_resumes_bit_for_bit(
@@ -89,7 +95,8 @@ def test_a_run_stopped_in_an_epoch_resumes_bit_for_bit(
     run = [*words, "parallel=ep2", f"init_from={trained}", f"run_dir={tmp_path / 'run'}"]
     num_steps = read_yaml(tuned / "config.yaml").train.num_steps
     stop = num_steps // EPOCHS + 2  # in the second epoch, not at its beginning
-    succeed(on_ranks, 2, "sft", [*run, f"train.stop_after_step={stop}"])
+    first = succeed(on_ranks, 2, "sft", [*run, f"train.stop_after_step={stop}"])
+    assert f"phase train: {EPOCHS} epochs of general" in first.stderr
     outcome = succeed(on_ranks, 2, "sft", run)
     assert "other values" not in outcome.stderr
     resumed = tmp_path / "run"
@@ -176,3 +183,33 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused(
     message = refused(on_ranks, run, num_ranks=2)
     assert f"data.tokenizer={other} gives other ids than the tokenizer of init_from" in message
     assert "model of tokenizer.json differ" in message
+
+
+def test_a_run_that_has_begun_needs_its_start_no_more(
+    trained: Path, words: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    """And it refuses another one: its weights are its own by then."""
+    start = tmp_path / "start"
+    shutil.copytree(trained / "checkpoints" / "step_00000004", start)
+    run = [*words, f"run_dir={tmp_path / 'run'}"]
+    begin = [*run, f"init_from={start}"]
+    succeed(on_ranks, 1, "sft", [*begin, "train.stop_after_step=1"])
+    message = refused(on_ranks, [*run, f"init_from={trained}"])
+    assert f"init_from={trained}, but the run in run_dir={tmp_path / 'run'} began from" in message
+    shutil.rmtree(start)
+    outcome = succeed(on_ranks, 1, "sft", [*begin, "train.stop_after_step=2"])
+    assert "step 2/" in outcome.stderr
+
+
+def test_planning_and_indexing_are_those_of_the_run(
+    tuned: Path, trained: Path, words: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    """`job=sft` packs as the run does and takes the model from where it does."""
+    run = ["job=sft", *words, f"init_from={trained}", f"run_dir={tmp_path / 'run'}"]
+    num_steps = read_yaml(tuned / "config.yaml").train.num_steps
+    outcome = succeed(on_ranks, 1, "build_index", run)
+    ledger = records(tuned / "ledger.jsonl")[-1]["tokens"]["train"]
+    for name, tokens in ledger.items():
+        assert re.search(rf"train +{name} +{tokens:,} ", outcome.stdout), outcome.stdout
+    outcome = succeed(on_ranks, 1, "dry_run", run)
+    assert re.search(rf"steps 1 to {num_steps} =", outcome.stdout), outcome.stdout

@@ -31,6 +31,8 @@ REQUIRED = {
     "reproduce": ["run=a"],
     "pretrain": ["model=tiny"],
     "sft": ["model=tiny"],
+    "dry_run_sft": ["model=tiny"],
+    "build_index_sft": ["model=tiny"],
     "dry_run": ["model=tiny"],
     "build_index": ["model=tiny"],
     "explain": ["run=a", "sample=0"],

@@ -116,8 +116,16 @@ def test_the_phase_of_a_run_in_epochs_is_called_train_in_messages(tmp_path: Path
 @pytest.mark.parametrize(
     ("train", "phases", "message"),
     [
-        ({"num_epochs": 0.0}, {}, r"train.num_epochs=0.0 is not positive; choose e.g. 3"),
-        ({"num_epochs": float("nan")}, {}, r"train.num_epochs=nan is not positive"),
+        ({"num_epochs": 0.0}, {}, r"train.num_epochs=0.0 is not above 0 .*; choose e.g. 3"),
+        ({"num_epochs": float("nan")}, {}, r"train.num_epochs=nan is not above 0"),
+        ({"num_epochs": 1e300}, {}, r"num_epochs=1e\+300 is not above 0 and at most 1000000"),
+        ({"num_steps": 9}, {"a": {"num_epochs": 1}}, r"train.num_steps=9, but the epochs of the"),
+        (
+            {},
+            {"a": {"num_epochs": 1, "weights": {"math": 1.0, "code": float("nan")}}},
+            r"phases.a.weights.code=nan is not 0 or more",
+        ),
+        ({}, {"a": {"num_epochs": 1, "weights": {"math": -1.0}}}, r"weights.math=-1.0 is not 0"),
         ({"num_epochs": 3, "num_steps": 7}, {}, r"train.num_steps=7 both give the length"),
         ({"num_epochs": 3}, {"a": {"num_steps": 2}}, r"which of the phases a it is for"),
         ({}, {"a": {"num_epochs": 1, "num_steps": 2}}, r"phases.a.num_steps exclude each other"),
