@@ -40,7 +40,7 @@ def read_problems(domain: str, path: Path, limit: int | None) -> list[Problem]:
     """Return the problems of a file, at most the first `limit`.
 
     Raises:
-        DataError: naming file and line of each bad one, or that there is none.
+        DataError: naming file and line of each bad one or repeated id, or that there is none.
     """
     problems, faults = [], []
     for number, line in enumerate(itertools.islice(_lines(path), limit), start=1):
@@ -48,7 +48,7 @@ def read_problems(domain: str, path: Path, limit: int | None) -> list[Problem]:
             problems.append(_problem(domain, f"{path}:{number}", str(number), line))
         except DataError as error:
             faults.append(str(error))
-    raise_faults(faults)
+    raise_faults(faults + _repeated(problems))
     if not problems:
         raise DataError(f"evaluation.problems.{domain}={path} is empty; give at least one problem")
     return problems
@@ -62,6 +62,20 @@ def raise_faults(faults: list[str]) -> None:
         raise DataError("\n".join(shown))
 
 
+def _repeated(problems: list[Problem]) -> list[str]:
+    """Return which ids are given twice, and where."""
+    places: dict[str, str] = {}
+    faults = []
+    for problem in problems:
+        first = places.setdefault(problem.id, problem.place)
+        if first != problem.place:
+            faults.append(
+                f"{problem.place}: id={problem.id!r} is that of {first} (without an id it is the "
+                "line number); give each problem its own"
+            )
+    return faults
+
+
 def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as stream:
@@ -73,7 +87,8 @@ def _lines(path: Path) -> Iterator[str]:
 def _problem(domain: str, place: str, number: str, line: str) -> Problem:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise DataError(f"{place} is {type(record).__name__}, not an object; write one a line")

@@ -44,6 +44,9 @@ def test_a_limit_takes_the_first_and_looks_at_no_more(tmp_path: Path) -> None:
     [
         ("{", "bad.jsonl:2 is not JSON"),
         ("", "bad.jsonl:2 is not JSON"),
+        ('{"problem": "x", "answer": ' + "7" * 5000 + "}", "bad.jsonl:2 is not JSON .Exceeds"),
+        ("[" * 100_000, "bad.jsonl:2 is not JSON .*recursion"),
+        (r'{"problem": "\ud83d", "answer": "2"}', "bad.jsonl:2 is not JSON .*surrogates"),
         ([1], "bad.jsonl:2 is list, not an object"),
         ({"problem": "x"}, "bad.jsonl:2 has no answer .None."),
         ({"problem": "x", "answer": " "}, "bad.jsonl:2 has no answer"),
@@ -67,6 +70,18 @@ def test_bad_lines_are_named(record: Any, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "bad.jsonl", {"problem": "1", "answer": "1"}, record)
     with pytest.raises(DataError, match=message):
         read_problems("math", path, None)
+
+
+def test_repeated_ids_are_named_with_both_lines(tmp_path: Path) -> None:
+    plain = {"problem": "x", "answer": "2"}
+    named = {**plain, "id": "sum"}
+    path = write(tmp_path / "x", named, plain, named, {**plain, "id": "2"})
+    with pytest.raises(DataError) as caught:
+        read_problems("math", path, None)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{path}:3: id='sum' is that of {path}:1 ")
+    assert second.startswith(f"{path}:4: id='2' is that of {path}:2 ")
+    assert len(read_problems("math", path, 2)) == 2
 
 
 def test_the_first_bad_lines_are_named_at_once(tmp_path: Path) -> None:
