@@ -6,6 +6,7 @@ without evaluation needs none of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from ring_train.hf.errors import HfError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROBE = "answer"
-"""What a template is asked to write, to see what it writes after it."""
+PROBE = "Probe7"
+"""What a template is asked to write, to see what it writes after it; with letters of both cases."""
 THINK, THINK_END = "<think>", "</think>"
 RENDERING_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -43,7 +44,7 @@ class PromptTokenizer:
         folder: Hugging Face folder.
 
     Raises:
-        HfError: no tokenizer is in it.
+        HfError: no tokenizer is in it, or it cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -52,7 +53,15 @@ class PromptTokenizer:
         self.folder = folder
         if not (Path(folder) / "tokenizer.json").is_file():
             raise HfError(f"tokenizer folder {folder} lacks tokenizer.json; give a complete one")
-        self._tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # tokenizers raises no narrower class
+            raise HfError(
+                f"tokenizer folder {folder} cannot be read ({type(error).__name__}: {error}); "
+                "its tokenizer.json, tokenizer_config.json or chat_template.jinja is damaged: "
+                "copy the folder again"
+            ) from None
+        self._tokenizer: PreTrainedTokenizerFast = tokenizer
 
     @property
     def num_ids(self) -> int:
@@ -75,7 +84,7 @@ class PromptTokenizer:
         """
         text = self._render(messages, arguments, add_generation_prompt=True)
         bare = self._render(messages, arguments, add_generation_prompt=False)
-        opening = text.removeprefix(bare)
+        opening = text[_divergence(text, bare) :]
         return Prompt(
             text=text,
             ids=self._encode(text),
@@ -83,9 +92,19 @@ class PromptTokenizer:
         )
 
     def end_of_turn(self, arguments: Mapping[str, Any]) -> int | None:
-        """Return the special token that the template writes after an answer, if it writes one."""
+        """Return the special token that the template writes after an answer, if it writes one.
+
+        Raises:
+            HfError: there is no template, or it writes no answer as it is.
+        """
         turn = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
         text = self._render(turn, arguments, add_generation_prompt=False)
+        if PROBE not in text:
+            raise HfError(
+                f"the chat template of {self.folder} writes an answer {PROBE!r} not as it is "
+                f"({text[-60:]!r}), so what ends an answer cannot be found; correct the template, "
+                "or set evaluation.prompt_format=text"
+            )
         after = self._encode(text[text.rfind(PROBE) + len(PROBE) :])
         special = self._tokenizer.added_tokens_decoder
         return next((token for token in after if token in special and special[token].special), None)
@@ -118,3 +137,14 @@ class PromptTokenizer:
             )
         except RENDERING_ERRORS as error:
             raise HfError(f"the chat template of {self.folder} says {str(error)!r}") from None
+
+
+def _divergence(text: str, bare: str) -> int:
+    """Return where `text` leaves `bare`, at the beginning of a mark of reasoning."""
+    pairs = zip(text, bare, strict=False)  # the shorter ends it
+    end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    begin = text.rfind("<", 0, end)
+    for mark in (THINK, THINK_END):
+        if begin >= 0 and text.startswith(mark, begin) and begin + len(mark) > end:
+            return begin
+    return end

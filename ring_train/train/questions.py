@@ -58,7 +58,15 @@ def make_questions(plan: Plan) -> Questions:
     stops = {model.eos_token_id}
     if evaluation.prompt_format is PromptFormat.chat:
         end = tokenizer.end_of_turn(evaluation.template_arguments)
-        stops |= set() if end is None else {end}
+        if end is None:
+            logger.warning(
+                "the chat template of %s writes no special token after an answer: only "
+                "model.eos_token_id=%d ends one, or max_new_tokens",
+                plan.config.data.tokenizer,
+                model.eos_token_id,
+            )
+        else:
+            stops.add(end)
     context = min(context_tokens(model, phase.rotary_scaling_factor) for phase in plan.phases)
     questions, faults = [], []
     for domain, path in evaluation.problems.items():

@@ -87,6 +87,50 @@ def test_only_a_prompt_that_opens_the_reasoning_is_thinking(
         assert prompt.is_thinking == (shape == "opened"), text
 
 
+@pytest.mark.parametrize(
+    ("opening", "is_thinking"),
+    [("<think>", True), ("", False), ("</think>", False), ("<|x|>", False)],
+)
+def test_a_template_may_end_what_has_no_generation_prompt(
+    opening: str, is_thinking: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+    template += opening + "{% else %}<|role_end|>{% endif %}"
+    tokenizer = PromptTokenizer(with_template(folders["ours"], tmp_path / "ending", template))
+    for text in ("12?", "<think>?", "<think>", "</think>"):
+        prompt = tokenizer.chat_prompt(messages_of(text), {})
+        assert prompt.text == text + opening
+        assert prompt.is_thinking == is_thinking, text
+
+
+def test_a_template_that_changes_content_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content | upper + '<|role_end|>' }}{% endfor %}"
+    tokenizer = PromptTokenizer(with_template(folders["ours"], tmp_path / "upper", template))
+    with pytest.raises(HfError, match=r"upper writes an answer 'Probe7' not as it is .*PROBE7"):
+        tokenizer.end_of_turn({})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    name: str, content: bytes, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["ours"], tmp_path / "damaged")
+    (tmp_path / "damaged" / name).write_bytes(content)
+    with pytest.raises(HfError, match=r"damaged cannot be read .*copy the folder again"):
+        PromptTokenizer(tmp_path / "damaged")
+
+
 def test_a_text_is_its_own_prompt(folders: dict[str, Path]) -> None:
     tokenizer = PromptTokenizer(folders["llama"])
     prompt = tokenizer.text_prompt("ab 12\n")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,3 +88,19 @@ def test_answers_without_a_value_are_a_warning(
     (record,) = caplog.records
     assert "no value in 1 expected answers, so only the same text is right" in record.message
     assert f"{file}:2" in record.message
+
+
+def test_a_template_without_an_end_is_a_warning(
+    shapes: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "endless"
+    shutil.copytree(shapes["ours"], folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m.content + '.' }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    plan = plan_of(folder, write(tmp_path / "x", PLAIN))
+    with caplog.at_level(logging.WARNING):
+        found = make_questions(plan)
+    assert found.stop_tokens == (plan.config.model.eos_token_id,)
+    (record,) = caplog.records
+    assert "endless writes no special token after an answer: only model.eos" in record.message
