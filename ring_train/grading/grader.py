@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import queue
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from ring_train.grading.numbers import is_number
+
 WORKER = Path(__file__).with_name("worker.py")
 ANSWER_LIMIT_S = 5.0
 """Of CPU time; math-verify's own default by the clock."""
@@ -29,6 +32,10 @@ MAX_CHARACTERS = 2000
 PAIRS_PER_WORKER = 64
 """Below that another process is not worth its second of start."""
 MAX_WORKERS = 8
+MAX_SHOWN, MAX_SHOWN_CHARACTERS = 5, 40
+"""Answers named in a warning, and how much of each."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,7 @@ class Grader:
         self, *, answer_limit_s: float = ANSWER_LIMIT_S, total_limit_s: float = TOTAL_LIMIT_S
     ) -> None:
         self.answer_limit_s, self.total_limit_s = answer_limit_s, total_limit_s
+        self._too_late = f"not compared within {total_limit_s:g} s for all answers"
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
 
@@ -79,12 +87,39 @@ class Grader:
             worker.stop()
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        r"""Return a grade of each (expected answer, content of the \boxed{} that was found)."""
-        replies = self._ask([{"expected": gold, "boxed": boxed} for gold, boxed in pairs])
-        return [
-            Grade(is_correct=reply.get("correct", False), failure=reply.get("failure"))
-            for reply in replies
+        r"""Return a grade of each (expected answer, content of the \boxed{} that was found).
+
+        The same text is right, and no number is wrong where one is expected; math-verify, with its
+        limits, decides the others.
+        """
+        grades = {pair: _grade_at_once(*pair) for pair in pairs}
+        open_pairs = [pair for pair, grade in grades.items() if grade is None]
+        replies = self._ask([{"expected": gold, "boxed": boxed} for gold, boxed in open_pairs])
+        compared = {
+            pair: Grade(is_correct=reply.get("correct", False), failure=reply.get("failure"))
+            for pair, reply in zip(open_pairs, replies, strict=True)
+        }
+        result = [grades[pair] or compared[pair] for pair in pairs]
+        self._warn_of_uncompared(pairs, result)
+        return result
+
+    def _warn_of_uncompared(
+        self, pairs: Sequence[tuple[str, str]], grades: Sequence[Grade]
+    ) -> None:
+        boxes = [
+            boxed
+            for (_, boxed), grade in zip(pairs, grades, strict=True)
+            if grade.failure == self._too_late
         ]
+        if boxes:
+            logger.warning(
+                "%d of %d answers were %s and count as wrong, so the accuracy is too low: %s",
+                len(boxes),
+                len(pairs),
+                self._too_late,
+                ", ".join(repr(boxed[:MAX_SHOWN_CHARACTERS]) for boxed in boxes[:MAX_SHOWN])
+                + ("" if len(boxes) <= MAX_SHOWN else ", ..."),
+            )
 
     def check_expected(self, expected: Sequence[str]) -> list[Expected]:
         """Return what can be compared with each expected answer."""
@@ -110,7 +145,7 @@ class Grader:
 
         def reply_to(line: str) -> dict[str, Any]:
             if time.monotonic() > deadline:
-                return {"failure": f"not compared within {self.total_limit_s:g} s for all answers"}
+                return {"failure": self._too_late}
             worker = self._idle.get()
             try:
                 return worker.ask(line)
@@ -121,6 +156,15 @@ class Grader:
             replies = dict(zip(waiting, threads.map(reply_to, waiting), strict=True))
         too_long = {"failure": f"longer than {MAX_CHARACTERS} characters"}
         return [replies.get(line, too_long) for line in lines]
+
+
+def _grade_at_once(expected: str, boxed: str) -> Grade | None:
+    """Return the grade that needs no computation, if there is one."""
+    if expected.strip() == boxed.strip():
+        return Grade(is_correct=True)
+    if max(len(expected), len(boxed)) <= MAX_CHARACTERS and is_number(expected):
+        return None if is_number(boxed) else Grade(is_correct=False)
+    return None
 
 
 def _is_long(request: dict[str, str | None]) -> bool:
