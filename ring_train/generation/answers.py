@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ring_train.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -43,6 +45,9 @@ class Written:
     """[sum of lengths] float64"""
     entropies: np.ndarray
     """[sum of lengths] float64"""
+    not_finite: tuple[int, int] | None = None
+    """Sequence without a next token, for its logits are not finite, and the tokens that it has.
+    Nothing else is complete then, on any replica."""
 
 
 class Record:
@@ -60,7 +65,7 @@ class Record:
         """Note the sequences that a stop token ended."""
         self.stopped.append(sequences)
 
-    def written(self, sequences: np.ndarray) -> Written:
+    def written(self, sequences: np.ndarray, not_finite: tuple[int, int] | None) -> Written:
         """Return all that was kept of the given sequences, which have a token each, ascending."""
         numbers = np.concatenate([np.empty(0, np.int64), *(step[0] for step in self.steps)])
         values = np.concatenate([np.empty((3, 0)), *(step[1] for step in self.steps)], axis=1)
@@ -73,16 +78,29 @@ class Record:
             values[0, order].astype(np.int64),
             values[1, order],
             values[2, order],
+            not_finite,
         )
 
 
 def gather_answers(
     written: Written, num_samples: int, group: torch.distributed.ProcessGroup
 ) -> list[Answer]:
-    """Return all answers by (prompt, sample) on every rank. Collective over `group`."""
+    """Return all answers by (prompt, sample) on every rank. Collective over `group`.
+
+    Raises:
+        UserError: on every rank, if one replica has a sequence whose logits are not finite.
+    """
     parts: list[Written] = [written] * group.size()
     if group.size() > 1:
         torch.distributed.all_gather_object(parts, written, group=group)
+    not_finite = [part.not_finite for part in parts if part.not_finite is not None]
+    if not_finite:
+        number, num_tokens = min(not_finite)
+        raise UserError(
+            f"the model's logits are not finite after {num_tokens} tokens of prompt "
+            f"{number // num_samples}: the weights have diverged; take an earlier checkpoint, and "
+            "train on from there with a smaller optim.lr"
+        )
     answers = [answer for part in parts for answer in _answers(part, num_samples)]
     return sorted(answers, key=lambda answer: (answer.prompt, answer.sample))
 

@@ -91,7 +91,7 @@ class Generator:
             num_samples: answers to each prompt.
 
         Raises:
-            UserError: on every rank, before anything runs.
+            UserError: on every rank; before anything runs, or because logits are not finite.
         """
         chunk = self.model[0].module
         assert isinstance(chunk, HybridLanguageModel)
@@ -136,14 +136,19 @@ class Generator:
                     cache.move(sources, targets)
 
     def _is_busy(self, slots: Slots) -> bool:
-        """Return whether this replica, or one that shares experts with it, has work left."""
+        """Return whether this replica, or one that shares experts with it, has work left.
+
+        No replica has, once logits of one that steps with it are not finite.
+        """
         if not self.steps_together:
             return slots.is_busy
-        busy = torch.tensor(int(slots.is_busy), device=self.groups.device)
+        flags = [int(slots.is_busy), int(slots.not_finite is not None)]
+        state = torch.tensor(flags, device=self.groups.device)
         torch.distributed.all_reduce(
-            busy, op=torch.distributed.ReduceOp.MAX, group=self.groups.collection.dp_cp
+            state, op=torch.distributed.ReduceOp.MAX, group=self.groups.collection.dp_cp
         )
-        return bool(busy)
+        is_busy, has_failed = state.tolist()
+        return bool(is_busy) and not has_failed
 
     def _next_tokens(
         self, hidden: torch.Tensor | None, row: Row, slots: Slots, sampling: Sampling
@@ -165,7 +170,10 @@ class Generator:
 
 
 def _sample(logits: torch.Tensor, slots: Slots, sampling: Sampling) -> torch.Tensor:
-    """Return [3, n] fp64: the chosen tokens, their log-probabilities, the entropies."""
+    """Return [3, n] fp64: the chosen tokens, their log-probabilities, the entropies.
+
+    The log-probability is NaN where a logit is not finite: that is how all ranks learn of it.
+    """
     logprobs = next_token_logprobs(logits)
     uniforms = position_uniforms(
         sampling.seed,
@@ -181,6 +189,7 @@ def _sample(logits: torch.Tensor, slots: Slots, sampling: Sampling) -> torch.Ten
         top_p=float(sampling.top_p),
     )
     chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    chosen.masked_fill_(~logits.isfinite().all(-1), torch.nan)
     return torch.stack([tokens.double(), chosen.double(), entropies_of(logprobs).double()])
 
 

@@ -80,10 +80,13 @@ class Slots:
         # Rows: sequence, tokens in the caches, tokens written, last token.
         self.state = np.zeros((4, self.num_slots), dtype=np.int64)
         self.record = Record()
+        self.not_finite: tuple[int, int] | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is left to do."""
+        """Whether something is left to do; nothing is after a sequence without a next token."""
+        if self.not_finite is not None:
+            return False
         return self.n > 0 or self.num_admitted < len(self.waiting)
 
     @property
@@ -143,12 +146,17 @@ class Slots:
         """Give every sequence in a slot its next token and free the slots of those that end.
 
         Args:
-            values: [3, n] tokens, log-probabilities and entropies, in slot order.
+            values: [3, n] tokens, log-probabilities and entropies, in slot order; a
+                log-probability that is NaN says that this sequence has no next token.
 
         Returns:
             (sources, targets): slots to copy over others, so that no gap is left; None for none.
         """
         n, state = self.n, self.state[:, : self.n]
+        wrong = state[:, np.isnan(values[1])]
+        if wrong.size:
+            self.not_finite = min(zip(wrong[0].tolist(), wrong[2].tolist(), strict=True))
+            return None
         tokens = values[0].astype(np.int64)
         self.record.add(state[0], values)
         state[2] += 1
@@ -166,7 +174,7 @@ class Slots:
 
     def finished(self) -> Written:
         """Return what all sequences have written."""
-        return self.record.written(self.all)
+        return self.record.written(self.all, self.not_finite)
 
 
 def deal(num_prompts: int, num_samples: int, replicas: int, rank: int) -> list[int]:

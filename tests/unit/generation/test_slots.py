@@ -83,6 +83,19 @@ def test_an_answer_ends_with_the_context_or_its_limit() -> None:
     assert not written.stopped.any()
 
 
+def test_a_sequence_without_a_next_token_ends_all_work() -> None:
+    slots = make_slots([1, 1, 1, 1, 1])
+    for _ in range(2):
+        assert slots.is_busy
+        slots.next_step(1)
+        values = np.full((3, 4), 1.0)
+        if slots.written[0]:
+            values[1, [2, 1]] = np.nan
+        assert slots.take(values) is None
+    assert not slots.is_busy
+    assert slots.finished().not_finite == (1, 1)
+
+
 def test_nothing_to_do_is_a_row_of_padding() -> None:
     step = make_slots([]).next_step(3)
     assert (step.num_padding, step.documents, len(step.outputs)) == (3, (3,), 0)
