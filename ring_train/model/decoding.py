@@ -98,6 +98,10 @@ class KeyValueCache:
     def _admit(self, key: torch.Tensor, value: torch.Tensor, decoding: Decoding) -> None:
         admission = decoding.admission
         if admission is not None:
+            # What the slots held is gone: 0 behind the end of a sequence, never inf or NaN.
+            end = admission.first_slot + len(admission.sources)
+            self.keys[admission.first_slot : end] = 0
+            self.values[admission.first_slot : end] = 0
             self.keys[admission.slots, admission.positions] = key[admission.tokens]
             self.values[admission.slots, admission.positions] = value[admission.tokens]
 
