@@ -10,6 +10,7 @@ there is nothing to choose from.
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ class Evaluated:
     step: int
     accuracy: float
     entropy_nats: float
+    digest: str | None = None
+    """Of problems and sampling; only records of the same one are compared."""
+    temperature: float | None = None
+    """0 = greedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +54,16 @@ def main(overrides: list[str]) -> None:
     check_window(config)
     run = Path(config.run)
     evaluated = read_evaluated(run)
+    comparable, notes = set_aside(evaluated)
 
     from ring_train.checkpoint.folders import step_path, whole_steps
 
     folder = run / "checkpoints"
     saved = whole_steps(folder)
     ranking = rank(
-        [item for item in evaluated if item.step in saved], config.min_entropy, config.max_entropy
+        [item for item in comparable if item.step in saved], config.min_entropy, config.max_entropy
     )
-    notes = unmatched(saved, [item.step for item in evaluated])
+    notes += unmatched(saved, [item.step for item in evaluated])
     if not ranking:
         raise UserError(f"run={run}: {'; '.join(notes)}; {WAY_OUT}")
     best = ranking[0]
@@ -112,7 +118,7 @@ def read_evaluated(run: Path) -> list[Evaluated]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             item = _evaluated(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(
                 f"{path}:{number} is no record of an evaluation ({error!r}); remove the line, or "
                 "resume the run, which does"
@@ -124,9 +130,37 @@ def read_evaluated(run: Path) -> list[Evaluated]:
 def _evaluated(record: dict[str, Any]) -> Evaluated:
     return Evaluated(
         step=int(record["step"]),
-        accuracy=float(record["accuracy"]),
-        entropy_nats=float(record["entropy_nats"]),
+        accuracy=_number(record["accuracy"]),
+        entropy_nats=_number(record["entropy_nats"]),
+        digest=record.get("digest"),
+        temperature=record.get("temperature"),
     )
+
+
+def _number(value: float | None) -> float:
+    """Return a figure; null is one that JSON cannot hold."""
+    return math.nan if value is None else float(value)
+
+
+def set_aside(evaluated: list[Evaluated]) -> tuple[list[Evaluated], list[str]]:
+    """Return the evaluations that can be compared, and notes of the others and of the sampling."""
+    newest = evaluated[-1].digest if evaluated else None
+    same = [item for item in evaluated if item.digest == newest]
+    finite = [item for item in same if math.isfinite(item.accuracy + item.entropy_nats)]
+    notes = [
+        f"{reason}: {', '.join(str(item.step) for item in all_ if item not in kept)}"
+        for reason, all_, kept in (
+            ("set aside, evaluated on other problems or with other sampling", evaluated, same),
+            ("set aside, accuracy or entropy is no number", same, finite),
+        )
+        if len(kept) < len(all_)
+    ]
+    if any(item.temperature == 0 for item in finite):
+        notes.append(
+            "answers were greedy: their entropy is lower than that of samples (temperature 1), to "
+            "which Ring-lite's window refers"
+        )
+    return finite, notes
 
 
 def rank(evaluated: list[Evaluated], low: float, high: float) -> list[Candidate]:

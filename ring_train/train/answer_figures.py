@@ -45,10 +45,15 @@ class GradedAnswer:
             "finished": self.is_finished,
             "failure": self.failure,
             "length_tokens": self.num_tokens,
-            "entropy_nats": self.entropy_nats,
+            "entropy_nats": finite_or_none(self.entropy_nats),
             "prompt": self.prompt,
             "text": self.text,
         }
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a value that JSON can hold: NaN and infinities are none."""
+    return value if math.isfinite(value) else None
 
 
 def answer_figures(answers: Sequence[GradedAnswer], num_samples: int) -> dict[str, float]:

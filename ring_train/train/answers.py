@@ -20,7 +20,7 @@ from ring_train.grading import Grade, Grader, after_thinking, last_boxed
 from ring_train.hf.prompts import PromptTokenizer
 from ring_train.plan import Plan
 from ring_train.runtime.distributed import Groups
-from ring_train.train.answer_figures import GradedAnswer, answer_figures
+from ring_train.train.answer_figures import GradedAnswer, answer_figures, finite_or_none
 from ring_train.train.questions import Question, Questions
 
 
@@ -32,6 +32,14 @@ class EvaluationResult:
     """The same on every rank; see `answer_figures`."""
     answers: list[GradedAnswer]
     """Ordered by problem and sample; empty but on rank 0."""
+    digest: str
+    """Evaluations of the same one are comparable; see `Questions`."""
+    temperature: float
+
+    def record(self) -> dict[str, float | str | None]:
+        """Return the line of evaluation.jsonl; what is no number in JSON is null."""
+        figures = {key: finite_or_none(value) for key, value in self.figures.items()}
+        return {"digest": self.digest, "temperature": self.temperature, **figures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,12 @@ class AnswerEvaluation:
             graded.extend(self._grade(answers))
             return answer_figures(graded, self.config.num_samples)
 
-        return EvaluationResult(figures=from_rank_0(grade), answers=graded)
+        return EvaluationResult(
+            figures=from_rank_0(grade),
+            answers=graded,
+            digest=self.questions.digest,
+            temperature=self.config.temperature,
+        )
 
     def _grade(self, answers: Sequence[Answer]) -> list[GradedAnswer]:
         written = [self._written(answer) for answer in answers]
@@ -142,5 +155,10 @@ def write_answers(path: Path, answers: Sequence[GradedAnswer]) -> None:
     """Write one JSON object a line; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(answer.record()) + "\n" for answer in answers))
-    partial.replace(path)
+    try:
+        partial.write_text("".join(json.dumps(answer.record()) + "\n" for answer in answers))
+        partial.replace(path)
+    except OSError:
+        if partial.is_file():
+            partial.unlink()
+        raise

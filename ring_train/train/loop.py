@@ -200,7 +200,7 @@ class Trainer:
         if self.writer is not None:
             # Answers first: a record says that they are there.
             write_answers(answers_path(self.writer.run_dir, step), result.answers)
-            self.writer.write("evaluation", step, result.figures)
+            self.writer.write("evaluation", step, result.record())
             logger.info("step %d  %s  (%.0f s)", step, figures_line(result.figures), evaluation_s)
 
     def _validate(self, step: int) -> None:

@@ -110,13 +110,14 @@ class MetricsWriter:
             else None
         )
 
-    def write(self, file: str, step: int, record: Mapping[str, float]) -> None:
-        """Append {"step": step, **record} to `<file>.jsonl` and to TensorBoard."""
+    def write(self, file: str, step: int, record: Mapping[str, float | str | None]) -> None:
+        """Append {"step": step, **record} to `<file>.jsonl`, and its numbers to TensorBoard."""
         with (self.run_dir / f"{file}.jsonl").open("a") as out:
             out.write(json.dumps({"step": step, **record}) + "\n")
         if self.board is not None:
             for key, value in record.items():
-                self.board.add_scalar(f"{file}/{key}", value, step)
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{file}/{key}", value, step)
 
     def write_ledger(
         self, step: int, samples: int, phase: str, ledger: dict[str, dict[str, int]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 5
 """Expected answers named in a warning."""
+DIGEST_CHARACTERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class Questions:
     questions: tuple[Question, ...]
     stop_tokens: tuple[int, ...]
     """Ids that end an answer."""
+    digest: str
+    """Of problems, prompts and sampling: figures of the same one are comparable."""
 
 
 def read_questions(plan: Plan) -> Questions:
@@ -80,7 +85,22 @@ def make_questions(plan: Plan) -> Questions:
                 faults.append(f"{problem.place}: {error}")
     faults += _answer_faults([question.problem for question in questions])
     raise_faults(faults)
-    return Questions(questions=tuple(questions), stop_tokens=tuple(sorted(stops)))
+    return Questions(
+        questions=tuple(questions),
+        stop_tokens=tuple(sorted(stops)),
+        digest=_digest(evaluation, questions, sorted(stops)),
+    )
+
+
+def _digest(evaluation: EvaluationConfig, questions: list[Question], stops: list[int]) -> str:
+    """Return a digest of all that figures depend on, but for weights and seed.
+
+    Prompts stand for the format, the template and its arguments and the instruction.
+    """
+    values = [evaluation.num_samples, evaluation.temperature, evaluation.top_p]
+    asked = [(q.problem.domain, q.problem.id, q.problem.answer, q.prompt.ids) for q in questions]
+    text = json.dumps([*values, evaluation.max_new_tokens, stops, asked])
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 def _prompt(

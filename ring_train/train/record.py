@@ -31,7 +31,7 @@ DATA_FILE = "data.json"
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "numpy", "hydra-core", "ring-train")
 MAY_CHANGE = (
     *("train.stop_after_step", "train.time_limit_s", "run_dir", "logging.", "checkpoint."),
-    "evaluation.",
+    *("evaluation.interval_steps", "evaluation.max_batch_size", "evaluation.max_prefill_tokens"),
     "data.index_dir",
 )
 """Beginnings of the keys that no figure of a run depends on."""

@@ -106,6 +106,37 @@ def test_nothing_to_choose_from_is_an_error(
         main([f"run={run}"])
 
 
+def test_figures_that_are_no_numbers_are_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", BY_STEP, [*BY_STEP, 600, 700])
+    with (run / "evaluation.jsonl").open("a") as stream:
+        stream.write('{"step": 600, "accuracy": 1.0, "entropy_nats": NaN}\n')
+        stream.write('{"step": 700, "accuracy": null, "entropy_nats": 0.4}\n')
+    main([f"run={run}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["1", "200"]
+    assert lines[-2] == "set aside, accuracy or entropy is no number: 600, 700"
+    assert len(lines) == 1 + len(BY_STEP) + 2
+
+
+def test_only_evaluations_like_the_newest_are_ranked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", {100: (0.9, 0.4)}, [100, 200, 300])
+    with (run / "evaluation.jsonl").open("a") as stream:
+        for step, digest in ((200, "a"), (300, "b")):
+            record = {"step": step, "accuracy": 0.5, "entropy_nats": 0.4, "digest": digest}
+            stream.write(json.dumps({**record, "temperature": 0.0}) + "\n")
+    main([f"run={run}"])
+    _, ranked, aside, greedy, chosen = capsys.readouterr().out.splitlines()
+    assert ranked.split()[:2] == ["1", "300"]
+    expected = "set aside, evaluated on other problems or with other sampling: 100, 200"
+    assert aside == expected
+    assert greedy.startswith("answers were greedy: their entropy is lower")
+    assert chosen.endswith("step_00000300")
+
+
 def test_what_is_no_record_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no evaluation\.jsonl; name the folder of a run"):
         main([f"run={tmp_path}"])

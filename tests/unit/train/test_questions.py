@@ -104,3 +104,29 @@ def test_a_template_without_an_end_is_a_warning(
     assert found.stop_tokens == (plan.config.model.eos_token_id,)
     (record,) = caplog.records
     assert "endless writes no special token after an answer: only model.eos" in record.message
+
+
+@pytest.mark.parametrize(
+    ("words", "is_same"),
+    [
+        (["evaluation.max_batch_size=3", "evaluation.interval_steps=7"], True),
+        (["evaluation.num_problems=2"], True),
+        (["evaluation.num_problems=1"], False),
+        (["evaluation.num_samples=2"], False),
+        (["evaluation.temperature=0.5"], False),
+        (["evaluation.top_p=0.5"], False),
+        (["evaluation.max_new_tokens=65"], False),
+        (["evaluation.prompt_format=text"], False),
+        (["evaluation.instruction=x"], False),
+        (["evaluation.template_arguments={enable_thinking: true}"], False),
+    ],
+)
+def test_what_changes_figures_changes_the_digest(
+    words: list[str], is_same: bool, shapes: dict[str, Path], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "x", PLAIN, {**PLAIN, "answer": "7"})
+    first = make_questions(plan_of(shapes["ours"], file)).digest
+    other = make_questions(plan_of(shapes["ours"], file, *words)).digest
+    assert (first == other) == is_same
+    write(file, PLAIN, {**PLAIN, "answer": "8"})
+    assert make_questions(plan_of(shapes["ours"], file)).digest != first
