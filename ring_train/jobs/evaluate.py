@@ -20,7 +20,7 @@ from ring_train.config import (
 from ring_train.errors import UserError
 from ring_train.jobs.forward_config import forward_config, world_size
 from ring_train.jobs.initial_model import InitialModel, read_initial_model
-from ring_train.jobs.results import write_json
+from ring_train.jobs.results import check_writable, write_json
 from ring_train.plan import Plan, make_plan
 from ring_train.runtime.errors import run_job
 
@@ -42,11 +42,21 @@ COLUMNS = {
 def main(overrides: list[str]) -> None:
     """Evaluate what the overrides name."""
     config: EvaluateConfig = compose("evaluate", overrides)
+    check_files(config)
     source = read_source(config)
     plan = evaluation_plan(config, source)
     result = evaluate(plan, source)
     if int(os.environ.get("RANK", "0")) == 0:
         write_result(config, source, result)
+
+
+def check_files(config: EvaluateConfig) -> None:
+    """Raise a UserError if a file that was asked for cannot be written."""
+    for key, path in (("output", config.output), ("answers", config.answers)):
+        if path:
+            check_writable(key, path)
+    if config.output and config.output == config.answers:
+        raise UserError(f"output and answers are both {config.output}; name two files")
 
 
 def read_source(config: EvaluateConfig) -> InitialModel:
@@ -114,19 +124,24 @@ def evaluate(plan: Plan, source: InitialModel) -> "EvaluationResult":
 
 
 def write_result(config: EvaluateConfig, source: InitialModel, result: "EvaluationResult") -> None:
-    """Write the files that were asked for and print the table."""
+    """Print the table and write the files that were asked for, figures first."""
     from ring_train.train.answers import write_answers
 
-    if config.answers:
-        write_answers(Path(config.answers), result.answers)
+    sys.stdout.write(table(result.figures))
     if config.output:
         record = {
             "source": str(source.folder),
             "evaluation": dataclasses.asdict(config.evaluation),
             "seed": config.seed,
         }
-        write_json(config.output, {**result.figures, **record})
-    sys.stdout.write(table(result.figures))
+        write_json(config.output, {**result.record(), **record})
+    if config.answers:
+        try:
+            write_answers(Path(config.answers), result.answers)
+        except OSError as error:
+            raise UserError(
+                f"answers={config.answers} cannot be written ({error}); name another file"
+            ) from None
 
 
 def table(figures: dict[str, Any]) -> str:
