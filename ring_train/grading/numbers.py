@@ -22,13 +22,15 @@ _UNIT = (
     r"(?:[A-Za-z]\s*\^\s*(?:\d|\{\s*-?\d\s*\})|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
     r"|\\(?:[%$,;:! ]|circ|degree|quad)|[A-Za-z\s./%$])*"
 )
-NUMBER = re.compile(rf"\s*\\?\$?\s*[+-]?\s*\\?\$?\s*{_VALUE}{_UNIT}")
+_NAME = r"(?:[A-Za-z]\s*=\s*)?"
+NUMBER = re.compile(rf"\s*{_NAME}\\?\$?\s*[+-]?\s*\\?\$?\s*{_VALUE}{_UNIT}")
 
 
 def is_number(text: str) -> bool:
     r"""Return whether a text is one number: sign, decimal, fraction, power of ten, unit, percent.
 
-    `\frac{100}{2}` is a number as `\frac{1}{2}` is; `x = 5`, `2^2` and `\sqrt{4}` are not.
+    A letter that is said to be the number may stand before it: `x = 5`. `\frac{100}{2}` is a number
+    as `\frac{1}{2}` is; `2^2` and `\sqrt{4}` are not.
     """
     bare = WRAPPING.sub(r" \1 ", SEPARATORS.sub("", text))
     return NUMBER.fullmatch(bare) is not None
