@@ -25,7 +25,7 @@ from typing import Any
 
 from data_pipeline.config import PipelineError, run_command
 from data_pipeline.documents import file_sha256, write_json
-from data_pipeline.math_problems import Problem, is_held_out, problem_key, solve_problem
+from data_pipeline.math_problems import Expression, Problem, distinct_problems, is_held_out
 
 HELD_OUT_FRACTION = 0.1
 """The share of problems that `demo_corpus` keeps from training."""
@@ -85,18 +85,12 @@ def sums(seed: int, *, num_operands: int) -> Iterator[Problem]:
     No partial sum is negative; one of three operands stays below 300, one of four below 400.
     """
     rng = random.Random(seed)
-    seen: set[str] = set()
-    while True:
+
+    def draw() -> Expression:
         operands = tuple(rng.choice(OPERANDS) for _ in range(num_operands))
-        signs = tuple(rng.choice("+-") for _ in range(num_operands - 1))
-        signed = (x if sign == "+" else -x for sign, x in zip(("+", *signs), operands, strict=True))
-        if min(itertools.accumulate(signed)) < 0:
-            continue
-        problem = solve_problem(operands, signs)
-        key = problem_key(problem)
-        if key not in seen:
-            seen.add(key)
-            yield problem
+        return operands, tuple(rng.choice("+-") for _ in range(num_operands - 1))
+
+    return distinct_problems(draw)
 
 
 def products(seed: int) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,10 @@ import dataclasses
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+Expression = tuple[tuple[int, ...], tuple[str, ...]]
+"""Operands, and `+` or `-` before every one but the first."""
 
 NUM_ROWS = 3
 """Rows of a table: units, tens, hundreds."""
@@ -103,11 +106,23 @@ def generate_problems(seed: int) -> Iterator[Problem]:
     One in ten has two operands, the others three; operands are uniform in 1 to 99.
     """
     rng = random.Random(seed)
-    seen: set[str] = set()
-    while True:
+
+    def draw() -> Expression:
         num_operands = 2 if rng.random() < 0.1 else 3
         operands = tuple(rng.randint(1, 99) for _ in range(num_operands))
-        signs = tuple(rng.choice("+-") for _ in range(num_operands - 1))
+        return operands, tuple(rng.choice("+-") for _ in range(num_operands - 1))
+
+    return distinct_problems(draw)
+
+
+def distinct_problems(draw: Callable[[], Expression]) -> Iterator[Problem]:
+    """Yield solved problems of drawn expressions, no two of them reorderings of each other.
+
+    Expressions with a negative partial result are left out.
+    """
+    seen: set[str] = set()
+    while True:
+        operands, signs = draw()
         if min(_partial_results(operands, signs)) < 0:
             continue
         problem = solve_problem(operands, signs)

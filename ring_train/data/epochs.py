@@ -75,17 +75,26 @@ def epoch_problems(config: Config) -> list[str]:
             problems.append(
                 f"{path}.num_epochs={epochs} is not above 0 and at most {MAX_EPOCHS}; choose e.g. 3"
             )
-        problems += [
-            f"{path}.weights.{name}={weight} is not 0 or more; a weight is a factor on the passes"
-            for name, weight in phase.weights.items()
-            if not (weight >= 0 and isfinite(weight))
-        ]
+        problems += _weight_problems(config, path, phase)
         for key in ("tokens", "num_steps", "batch_ramp"):
             if getattr(phase, key):
                 problems.append(
                     f"{path}.num_epochs={epochs} and {path}.{key} exclude each other; remove one"
                 )
     return problems
+
+
+def _weight_problems(config: Config, path: str, phase: PhaseConfig) -> list[str]:
+    """Return which weights of a phase, or of the domains if it has none, are no factors."""
+    weights = {f"{path}.weights.{name}": weight for name, weight in phase.weights.items()}
+    if not weights:
+        domains = config.data.domains.items()
+        weights = {f"data.domains.{name}.weight": domain.weight for name, domain in domains}
+    return [
+        f"{key}={weight} is not 0 or more; a weight is a factor on the passes"
+        for key, weight in weights.items()
+        if not (weight >= 0 and isfinite(weight))
+    ]
 
 
 def _phases(config: Config) -> dict[str, PhaseConfig]:

@@ -106,6 +106,14 @@ def test_without_domains_there_is_nothing_to_count(tmp_path: Path) -> None:
         count_epochs(config)
 
 
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_weight_of_a_domain_that_is_no_factor_is_refused(tmp_path: Path, weight: float) -> None:
+    config = epoch_config(tmp_path, 1)
+    config.data.domains["math"].weight = weight
+    with pytest.raises(DataError, match=rf"^data.domains.math.weight={weight} is not 0 or more"):
+        count_epochs(config)
+
+
 def test_the_phase_of_a_run_in_epochs_is_called_train_in_messages(tmp_path: Path) -> None:
     counted = count_epochs(epoch_config(tmp_path, 1))
     counted.model.max_position_embeddings = SEQ_LENGTH - 1
