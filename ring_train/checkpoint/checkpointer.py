@@ -8,6 +8,10 @@ for, so torch's generator of rank 0 stands for all.
 
 from __future__ import annotations
 
+import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
+
+# isort: split
+
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -16,7 +16,8 @@ from typing import Any
 
 from ring_train.checkpoint.boxes import Box
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.files import DTYPES, FileRecord
+from ring_train.storage.files import FileRecord
+from ring_train.storage.safetensors import DTYPES
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

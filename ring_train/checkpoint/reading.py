@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ring_train.checkpoint.boxes import Box, tiling_problem
-from ring_train.checkpoint.files import DTYPE_NAMES, DTYPES, sha256_of_file
 from ring_train.checkpoint.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -26,7 +25,11 @@ from ring_train.checkpoint.manifest import (
     StoredTensor,
     damaged,
 )
-from ring_train.checkpoint.tensors import Held
+from ring_train.storage.files import sha256_of_file
+from ring_train.storage.safetensors import DTYPE_NAMES, DTYPES
+
+if TYPE_CHECKING:
+    from ring_train.checkpoint.tensors import Held
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ with the distributed optimizer a rank has a flat range of its part of a paramete
 
 from __future__ import annotations
 
+import ring_train.platform  # noqa: F401  (before the first import of megatron-core)
+
+# isort: split
+
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -23,13 +23,6 @@ import torch
 
 from ring_train.checkpoint.boxes import tiling_problem
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.files import (
-    DTYPE_NAMES,
-    FileRecord,
-    sync_folder,
-    write_durably,
-    write_tensors,
-)
 from ring_train.checkpoint.folders import (
     is_whole,
     partial_path,
@@ -49,6 +42,8 @@ from ring_train.checkpoint.manifest import (
     tensors_record,
 )
 from ring_train.checkpoint.tensors import Held
+from ring_train.storage.files import FileRecord, sync_folder, write_durably
+from ring_train.storage.safetensors import DTYPE_NAMES, write_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -106,7 +106,7 @@ def evaluation_plan(config: EvaluateConfig, source: InitialModel) -> Plan:
 def evaluate(plan: Plan, source: InitialModel) -> "EvaluationResult":
     """Return figures and answers of the model."""
     import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
-    from ring_train.checkpoint import load_weights
+    from ring_train.checkpoint.checkpointer import load_weights
     from ring_train.hf.weights import load_hf_weights
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime

@@ -107,7 +107,7 @@ def check_adapter_keys(plan: Plan, folder: Path, config: ExportConfig) -> None:
 def export(plan: Plan, folder: Path, config: ExportConfig) -> None:
     """Load the checkpoint and write the folder, which appears whole or not at all."""
     import ring_train.platform  # noqa: F401  (before the first import of megatron.core)
-    from ring_train.checkpoint import load_weights
+    from ring_train.checkpoint.checkpointer import load_weights
     from ring_train.model.build import build_model
     from ring_train.model.tensors import local_tensors
     from ring_train.runtime.distributed import start_runtime

@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ring_train.checkpoint import CheckpointError, load_weights
+from ring_train.checkpoint import CheckpointError
+from ring_train.checkpoint.checkpointer import load_weights
 from ring_train.checkpoint.identity import MAY_DIFFER
 from ring_train.checkpoint.manifest import CONFIG_FILE
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks

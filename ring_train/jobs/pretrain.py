@@ -22,7 +22,7 @@ def pretrain(config: Config) -> None:
     plan = make_plan(with_num_steps(config), int(os.environ.get("WORLD_SIZE", "1")))
 
     import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
-    from ring_train.checkpoint import Checkpointer
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.data.loader import build_batches
     from ring_train.data.mixture import check_same_samples
     from ring_train.jobs.initial_weights import (

@@ -12,7 +12,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from ring_train.checkpoint import Checkpointer, TrainState
+from ring_train.checkpoint import TrainState
+from ring_train.checkpoint.checkpointer import Checkpointer
 from ring_train.data.ledger import Ledger, count_tokens, ledger_array, make_ledger
 from ring_train.data.loader import Batches
 from ring_train.model.build import enter_phase

@@ -56,7 +56,8 @@ class Run:
 
 def save_every_step(run_dir: Path, overrides: list[str], saves: Connection) -> None:
     """Resume, and save after every step until the last."""
-    from ring_train.checkpoint import Checkpointer, TrainState
+    from ring_train.checkpoint import TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer

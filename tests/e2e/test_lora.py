@@ -84,7 +84,8 @@ def test_adapters_learn_and_their_run_resumes(
 
 def trainer_scores(run: Path) -> dict[str, Any]:
     """Return the scores of PROMPTS under the checkpoint of a run, adapters beside the weights."""
-    from ring_train.checkpoint import find_checkpoint, load_weights
+    from ring_train.checkpoint import find_checkpoint
+    from ring_train.checkpoint.checkpointer import load_weights
     from ring_train.config import ParallelConfig, ScoreConfig, read_yaml
     from ring_train.jobs.score import score_plan
     from ring_train.model.build import build_model

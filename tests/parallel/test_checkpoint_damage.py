@@ -40,8 +40,8 @@ def replaced(folder: Path) -> None:
     """Put another safetensors file in, and its size and hash into the manifest."""
     import torch
 
-    from ring_train.checkpoint.files import write_tensors
     from ring_train.checkpoint.manifest import manifest_text, read_manifest
+    from ring_train.storage.safetensors import write_tensors
 
     manifest = read_manifest(folder)
     files = {**manifest.files, SHARD: write_tensors(folder / SHARD, {"a": torch.zeros(3)})}
@@ -133,7 +133,8 @@ CASES = {
 
 def save(run_dir: Path, overrides: list[str]) -> None:
     """Train a step and save."""
-    from ring_train.checkpoint import Checkpointer, TrainState
+    from ring_train.checkpoint import TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -153,7 +154,8 @@ def save(run_dir: Path, overrides: list[str]) -> None:
 
 def load_all(run_dir: Path, overrides: list[str]) -> dict[str, tuple[str, bool]]:
     """Return {case: (message, whether the state is as before)}."""
-    from ring_train.checkpoint import Checkpointer, CheckpointError
+    from ring_train.checkpoint import CheckpointError
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer

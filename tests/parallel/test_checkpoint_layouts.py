@@ -81,7 +81,8 @@ class Next:
 
 def train_and_save(run_dir: Path, overrides: list[str]) -> Next:
     """Train until the step that is saved and one further."""
-    from ring_train.checkpoint import Checkpointer, TrainState
+    from ring_train.checkpoint import TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -103,7 +104,7 @@ def train_and_save(run_dir: Path, overrides: list[str]) -> Next:
 
 def resume(run_dir: Path, overrides: list[str]) -> Next:
     """Restore another model, save what was restored as the step after, and train on."""
-    from ring_train.checkpoint import Checkpointer
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -187,7 +188,8 @@ def test_what_one_layout_saves_another_continues(
 
 def save_weights(run_dir: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
     """Train one step, so that expert biases differ too, and save; return the weights."""
-    from ring_train.checkpoint import Checkpointer, TrainState
+    from ring_train.checkpoint import TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -205,7 +207,7 @@ def save_weights(run_dir: Path, overrides: list[str]) -> dict[str, torch.Tensor]
 
 def load(run_dir: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
     """Load the weights into a model of another seed; return them."""
-    from ring_train.checkpoint import load_weights
+    from ring_train.checkpoint.checkpointer import load_weights
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
 

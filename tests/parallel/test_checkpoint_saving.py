@@ -22,7 +22,8 @@ def save_and_train_on(run_dir: Path, overrides: list[str]) -> list[list[int]]:
 
     Returns the complete checkpoints after each of these.
     """
-    from ring_train.checkpoint import Checkpointer, TrainState, writing
+    from ring_train.checkpoint import TrainState, writing
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -52,7 +53,8 @@ def save_and_train_on(run_dir: Path, overrides: list[str]) -> list[list[int]]:
 
 def save_and_wait(run_dir: Path, overrides: list[str]) -> None:
     """Save after the first and the second step, waiting for each."""
-    from ring_train.checkpoint import Checkpointer, TrainState
+    from ring_train.checkpoint import TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -97,7 +99,8 @@ def test_ranks_write_everything_once_in_equal_shares(
 
 def fail_on_one_rank(run_dir: Path) -> list[Any]:
     """Save, save with files of at most some bytes on rank 1, and save once more."""
-    from ring_train.checkpoint import Checkpointer, CheckpointError, TrainState
+    from ring_train.checkpoint import CheckpointError, TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -134,7 +137,8 @@ def test_a_rank_that_cannot_write_is_heard_by_all(on_ranks: OnRanks, tmp_path: P
 
 def fail_to_copy_on_one_rank(run_dir: Path) -> list[str]:
     """Save; then fail on rank 1 alone to copy the state to the host, and out of the files."""
-    from ring_train.checkpoint import Checkpointer, CheckpointError, TrainState, checkpointer
+    from ring_train.checkpoint import CheckpointError, TrainState, checkpointer
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer
@@ -171,7 +175,8 @@ def test_a_rank_that_cannot_copy_is_heard_by_all(on_ranks: OnRanks, tmp_path: Pa
 
 def save_at_once(run_dir: Path, overrides: list[str]) -> None:
     """Save before the first step, restore over a trained state, save that as step 1."""
-    from ring_train.checkpoint import Checkpointer, TrainState
+    from ring_train.checkpoint import TrainState
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import build_optimizer

@@ -38,7 +38,7 @@ def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, Any]:
 
     Returns what every step so far has logged, and digests of the tensors saved last, by kind.
     """
-    from ring_train.checkpoint import Checkpointer
+    from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.loop import Trainer

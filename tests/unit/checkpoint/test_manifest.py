@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from ring_train.checkpoint import CheckpointError
 from ring_train.checkpoint.boxes import Box
-from ring_train.checkpoint.files import FileRecord
 from ring_train.checkpoint.manifest import (
     Manifest,
     Piece,
@@ -21,6 +20,7 @@ from ring_train.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
+from ring_train.storage.files import FileRecord
 
 NAME = "rank_00000.safetensors"
 TENSOR = StoredTensor(

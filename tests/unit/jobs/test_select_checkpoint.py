@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ring_train.checkpoint.files import FileRecord, write_durably
 from ring_train.checkpoint.manifest import Manifest, manifest_text
 from ring_train.errors import UserError
 from ring_train.jobs.select_checkpoint import Evaluated, main, rank
+from ring_train.storage.files import FileRecord, write_durably
 
 LOW, HIGH = 0.3, 0.5
 BY_STEP = {100: (0.5, 0.9), 200: (0.7, 0.45), 300: (0.7, 0.35), 400: (0.9, 0.2), 500: (0.6, 0.4)}

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: the safetensors format, and what is on the disk when."""
+"""Files: the safetensors format, and what is on the disk when."""
 
 import json
 import os
@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ring_train.checkpoint import files
-from ring_train.checkpoint.files import DTYPES, write_durably, write_tensors
+from ring_train.storage import files
+from ring_train.storage.files import write_durably
+from ring_train.storage.safetensors import DTYPES, write_tensors
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.uint8),
