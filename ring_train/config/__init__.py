@@ -5,6 +5,8 @@ from ring_train.config.choices import (
     Architecture,
     DecayLayerRule,
     LrDecayStyle,
+    NewGates,
+    NewRows,
     Packing,
     Precision,
     PromptFormat,
@@ -22,6 +24,7 @@ from ring_train.config.parallel import ParallelConfig
 from ring_train.config.phases import BatchRampConfig, PhaseConfig
 from ring_train.config.root import (
     Config,
+    ConvertConfig,
     DryRunConfig,
     EvaluateConfig,
     ExplainConfig,
@@ -31,6 +34,7 @@ from ring_train.config.root import (
     ReproduceConfig,
     ScoreConfig,
     SelectCheckpointConfig,
+    ValidateConfig,
     VerifyCheckpointConfig,
 )
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
@@ -42,6 +46,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "ConvertConfig",
     "DataConfig",
     "DecayLayerRule",
     "DomainConfig",
@@ -55,6 +60,8 @@ __all__ = [
     "LoraConfig",
     "LrDecayStyle",
     "ModelConfig",
+    "NewGates",
+    "NewRows",
     "OptimConfig",
     "Packing",
     "ParallelConfig",
@@ -69,6 +76,7 @@ __all__ = [
     "ScoreFunction",
     "SelectCheckpointConfig",
     "TrainConfig",
+    "ValidateConfig",
     "VerifyCheckpointConfig",
     "compose",
     "read_yaml",

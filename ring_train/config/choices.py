@@ -95,3 +95,21 @@ class PromptFormat(StrEnum):
     """Messages, rendered with the tokenizer's chat template and its generation prompt."""
     text = auto()
     """The text of the problem itself, for a model without chat."""
+
+
+class NewGates(StrEnum):
+    """What the output gate of a lightning layer that was a softmax layer starts from."""
+
+    zero = auto()
+    """Half open for every token."""
+    normal = auto()
+    """Drawn like the weights of a new model."""
+
+
+class NewRows(StrEnum):
+    """What the rows of new ids start from, in the embedding and in lm_head."""
+
+    mean = auto()
+    """The mean of the rows of the old ids."""
+    normal = auto()
+    """Drawn around that mean, with the variance that each channel has over the old ids."""

@@ -22,6 +22,7 @@ from ring_train.config.keys import Found, lookup_key, nearest
 from ring_train.config.model import ModelConfig
 from ring_train.config.root import (
     Config,
+    ConvertConfig,
     DryRunConfig,
     EvaluateConfig,
     ExplainConfig,
@@ -31,6 +32,7 @@ from ring_train.config.root import (
     ReproduceConfig,
     ScoreConfig,
     SelectCheckpointConfig,
+    ValidateConfig,
     VerifyCheckpointConfig,
 )
 from ring_train.errors import UserError
@@ -48,7 +50,9 @@ ROOTS: dict[str, type] = {
     "prove_mixture": ProveMixtureConfig,
     "score": ScoreConfig,
     "export": ExportConfig,
+    "convert": ConvertConfig,
     "evaluate": EvaluateConfig,
+    "validate": ValidateConfig,
     "select_checkpoint": SelectCheckpointConfig,
     "generate": GenerateConfig,
     "reproduce": ReproduceConfig,

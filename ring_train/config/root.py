@@ -5,7 +5,7 @@ Nested nodes have no default: the defaults list of the root's YAML chooses them.
 
 from dataclasses import dataclass, field
 
-from ring_train.config.choices import AdapterExport, DecayLayerRule, Precision
+from ring_train.config.choices import AdapterExport, DecayLayerRule, NewGates, NewRows, Precision
 from ring_train.config.data import DataConfig
 from ring_train.config.evaluation import EvaluationConfig
 from ring_train.config.lora import LoraConfig
@@ -88,6 +88,34 @@ class ExportConfig:
 
 
 @dataclass(kw_only=True)
+class ConvertConfig:
+    """A Hugging Face folder turned into one of another layer pattern or vocabulary."""
+
+    hf_dir: str
+    output: str
+    layer_group_size: int | None = None
+    """Of the new model, 1 = all softmax; null = as it is."""
+    group_norm_size: int | None = None
+    """Norm groups of lightning layers, where there were none."""
+    new_gates: NewGates = NewGates.zero
+    """What output gates of new lightning layers start from."""
+    vocab_size: int | None = None
+    """Rows of embedding and lm_head; null = as they are."""
+    vocab_multiple: int = 1
+    """The rows are rounded up to a multiple of this."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer with more ids; null = that of hf_dir."""
+    new_rows: NewRows = NewRows.mean
+    """What rows of new ids start from."""
+    precision: Precision | None = None
+    """Dtype of the written weights; null = that of hf_dir."""
+    seed: int = 1234
+    """Of what is drawn."""
+    decay_layer_rule: DecayLayerRule | None = None
+    """Of new lightning layers, null = zero_based; or for a linear folder that does not say it."""
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """Problems answered by a checkpoint or a Hugging Face folder."""
 
@@ -108,6 +136,25 @@ class EvaluateConfig:
     seed: int = 1234
     decay_layer_rule: DecayLayerRule | None = None
     """For a linear Hugging Face folder whose config does not say it."""
+
+
+@dataclass(kw_only=True)
+class ValidateConfig:
+    """Held-out loss of weights, side by side."""
+
+    weights: list[str]
+    """Checkpoints, run folders for their latest ones, or Hugging Face folders."""
+    parallel: ParallelConfig
+    run: str | None = None
+    """Checkpoint or run folder whose data is read; null = the first checkpoint of the weights."""
+    eval_steps: int | None = None
+    """Micro batches per data-parallel rank and domain; null = as many as that run."""
+    output: str | None = None
+    """JSON file that receives the losses; null = none."""
+    precision: Precision | None = None
+    """Dtype of the weights; null = the checkpoint's, fp32 for a Hugging Face folder."""
+    decay_layer_rule: DecayLayerRule | None = None
+    """For linear Hugging Face folders whose config does not say it."""
 
 
 @dataclass(kw_only=True)

@@ -52,11 +52,7 @@ class Batches:
             dp_rank: data-parallel rank.
             step: decides the phase, and with it the length of the rows.
         """
-        phase = self.plan.at(step).phase
-        size, dp = phase.batch.micro_batch_size, self.plan.mesh.dp
-        rows = self.held_out.rows(domain, phase)
-        firsts = range(dp_rank * size, len(rows), size * dp)
-        return [_collate(self.plan, rows[first : first + size]) for first in firsts]
+        return self.held_out.validation(domain, dp_rank, step)
 
     def validation_pairs(self, domain: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens, next tokens) that the validation loss of a domain averages over."""
@@ -85,6 +81,15 @@ class HeldOut:
 
     def __init__(self, plan: Plan, streams: dict[str, ContiguousStream]) -> None:
         self.plan, self.streams = plan, streams
+        self.domains = tuple(sorted(plan.config.data.domains))
+
+    def validation(self, domain: str, dp_rank: int, step: int = 0) -> list[Batch]:
+        """Return the micro batches of a domain, see `Batches.validation`."""
+        phase = self.plan.at(step).phase
+        size, dp = phase.batch.micro_batch_size, self.plan.mesh.dp
+        rows = self.rows(domain, phase)
+        firsts = range(dp_rank * size, len(rows), size * dp)
+        return [_collate(self.plan, rows[first : first + size]) for first in firsts]
 
     def rows(self, domain: str, phase: Phase) -> list[Row]:
         """Return the rows of a domain in a phase; none without a held-out shard."""
@@ -140,6 +145,17 @@ def build_batches(plan: Plan) -> Batches:
             streams[name] = stream
     mixture = Mixture(plan.phases, streams, index)
     check_mixture(plan, mixture)
+    return Batches(plan, mixture, shards, build_held_out(plan))
+
+
+def build_held_out(plan: Plan) -> HeldOut:
+    """Open and check the held-out shards of `plan.config.data` and return their rows.
+
+    Raises:
+        DataError: a shard does not fit (see `open_shard`), or is too short for what is evaluated.
+    """
+    config = plan.config
+    expected, index = _expected(config), _index_folder(config)
     held_out = HeldOut(
         plan,
         {
@@ -157,7 +173,7 @@ def build_batches(plan: Plan) -> Batches:
     problems = held_out.problems()
     if problems:
         raise DataError("\n".join(problems))
-    return Batches(plan, mixture, shards, held_out)
+    return held_out
 
 
 def open_streams(config: Config, seq_lengths: Mapping[str, int]) -> dict[str, DomainStream]:

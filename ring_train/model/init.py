@@ -5,13 +5,13 @@ Every tensor is drawn from a generator seeded by (seed, logical name) and then c
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 
 import torch
 
 from ring_train.model.tensors import local_tensors
+from ring_train.ops.drawing import named_generator
 from ring_train.plan import Plan
 
 SCALED_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -44,8 +44,7 @@ def _draw(name: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:
     std = model.init_method_std
     if name.endswith(SCALED_OUTPUTS):
         std /= math.sqrt(2 * model.num_layers)
-    digest = hashlib.sha256(f"{plan.config.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = named_generator(plan.config.seed, name)
     if name.endswith("lora_a"):
         bound = 1 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from megatron.core.distributed import DistributedDataParallel
 
-from ring_train.data.loader import Batches
+from ring_train.data.loader import Batches, HeldOut
 from ring_train.runtime.distributed import Groups
 from ring_train.train.step import forward_backward
 
 
 def evaluate(
-    model: list[DistributedDataParallel], batches: Batches, groups: Groups, step: int
+    model: list[DistributedDataParallel], batches: Batches | HeldOut, groups: Groups, step: int
 ) -> dict[str, float]:
     """Return {"valid_loss/<domain>": nats per token} over the validation rows of each domain.
 

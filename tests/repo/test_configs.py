@@ -25,7 +25,9 @@ FINE_TUNED = {
 REQUIRED = {
     "score": ["hf_dir=a", "prompts=b", "output=c"],
     "export": ["checkpoint=a", "output=b"],
+    "convert": ["hf_dir=a", "output=b"],
     "evaluate": ["checkpoint=a"],
+    "validate": ["weights=[a]"],
     "select_checkpoint": ["run=a"],
     "generate": ["hf_dir=a", "prompt=b"],
     "reproduce": ["run=a"],
