@@ -25,7 +25,9 @@ def main(overrides: list[str]) -> None:
     config = compose("score", overrides)
     prompts = read_prompts(Path(config.prompts))
     model = read_model_config(config.hf_dir, config.decay_layer_rule)
-    model = dataclasses.replace(model, moe_z_loss_coeff=0.0, moe_router_bias_update_rate=0.0)
+    model = dataclasses.replace(
+        model, moe_z_loss_coeff=0.0, moe_aux_loss_coeff=0.0, moe_router_bias_update_rate=0.0
+    )
     for prompt in prompts:
         if max(prompt) >= model.vocab_size or min(prompt) < 0:
             raise UserError(

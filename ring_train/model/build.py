@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ring_train.model.init import initialise
 from ring_train.model.language_model import HybridLanguageModel
 from ring_train.model.lora import freeze_base
-from ring_train.plan import Phase, Plan, check_trainable
+from ring_train.plan import Phase, Plan
 from ring_train.plan.megatron import make_ddp_config, make_transformer_config
 
 
@@ -18,11 +18,7 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
 
     Parameters are created in the precision of the plan; buffers of the router stay fp32. With
     adapters everything else is frozen and has no gradient.
-
-    Raises:
-        PlanError: the plan describes a model that is counted but cannot be trained yet.
     """
-    check_trainable(plan)
     config = make_transformer_config(plan)
     stages = range(plan.mesh.vpp) if plan.mesh.vpp > 1 else [None]
     chunks = [HybridLanguageModel(plan, config, groups, vp_stage) for vp_stage in stages]

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.model.documents import Documents, make_documents
+from ring_train.model.head import OutputLayer
 from ring_train.model.mtp import MtpBlock
 from ring_train.model.norm import RMSNorm
 from ring_train.model.specs import make_layer_spec
@@ -121,7 +122,7 @@ class HybridLanguageModel(MegatronModule):
             self.mtp = MtpBlock(config, layers, groups)
         if self.post_process:
             assert config.init_method is not None
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 model.vocab_size,
                 config=config,
@@ -129,6 +130,7 @@ class HybridLanguageModel(MegatronModule):
                 bias=False,
                 gather_output=False,
                 tp_group=groups.tp,
+                norm_head=model.norm_head,
             )
 
     @property
@@ -208,7 +210,7 @@ class HybridLanguageModel(MegatronModule):
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
         weight: Any = self.output_layer.weight  # None only where layers share one
-        logits = torch.nn.functional.linear(hidden[tokens, 0], weight)
+        logits = torch.nn.functional.linear(self.output_layer.scaled(hidden[tokens, 0]), weight)
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

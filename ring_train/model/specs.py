@@ -30,7 +30,7 @@ from ring_train.model.experts import Experts, MixtureOfExperts
 from ring_train.model.lightning import LightningAttention
 from ring_train.model.lora import column_parallel, row_parallel
 from ring_train.model.norm import RMSNorm
-from ring_train.model.router import SigmoidRouter
+from ring_train.model.router import ExpertRouter
 from ring_train.plan import Plan
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
 
@@ -115,7 +115,7 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]
     return partial(
         MixtureOfExperts,
         submodules=MoESubmodules(
-            router=partial(SigmoidRouter, model=plan.config.model),
+            router=partial(ExpertRouter, model=plan.config.model),
             experts=partial(Experts, submodules=_mlp_submodules(plan, "experts")),
             shared_experts=(
                 partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))

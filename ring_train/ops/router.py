@@ -1,6 +1,6 @@
-"""Sigmoid routing with group-limited top-k, its margin, z-loss and expert-bias update.
+"""Top-k routing over sigmoid or softmax scores, its margin, losses and expert-bias update.
 
-Scores for the choice are probability plus expert bias; the weights use the probability alone.
+Experts are chosen by score plus expert bias; the weights use the score alone.
 """
 
 import torch
@@ -35,8 +35,22 @@ def group_limited_topk(
     return scores_for_choice.topk(topk, dim=-1).indices
 
 
-def sigmoid_routing(
-    logits: Float[Tensor, "t e"],
+def expert_scores(logits: Float[Tensor, "t e"], function: str) -> Float[Tensor, "t e"]:
+    """Return the score of every expert, fp32 or fp64: "sigmoid" of its logit, or "softmax" of all.
+
+    Source: inclusionAI/Ling-V2 @ af8837e `modeling_bailing_moe_v2.py`, BailingMoeV2Gate, and
+    inclusionAI/Ring @ 3b256cc `modeling_bailing_moe.py`, BailingMoeGate.
+    """
+    logits = logits.to(compute_dtype(logits.dtype))
+    if function == "softmax":
+        return torch.softmax(logits, dim=-1)
+    if function == "sigmoid":
+        return torch.sigmoid(logits)
+    raise ValueError(f"function={function!r} gives no scores; choose sigmoid or softmax")
+
+
+def topk_routing(
+    scores: Float[Tensor, "t e"],
     expert_bias: Float[Tensor, " e"] | None,
     *,
     topk: int,
@@ -46,16 +60,23 @@ def sigmoid_routing(
 ) -> tuple[Float[Tensor, "t e"], Bool[Tensor, "t e"]]:
     """Return the weight of every expert (0 where not chosen, fp32 or fp64) and the routing map.
 
-    The weights of a token are its chosen sigmoids over (their sum + 1e-20), times
-    `scaling_factor`; for topk = 1 they are not divided, else the router had no gradient. The bias
-    moves the choice only. Differentiable in `logits`.
+    The weights of a token are its chosen scores over (their sum + 1e-20), times `scaling_factor`;
+    for topk = 1 they are not divided, else the router had no gradient. The bias moves the choice
+    only. Differentiable in `scores`.
+
+    Args:
+        scores: of `expert_scores`.
+        expert_bias: one per expert, or None.
+        topk: experts per token.
+        num_groups: see `group_limited_topk`.
+        group_topk: see `group_limited_topk`.
+        scaling_factor: on all weights.
     """
-    if expert_bias is not None and expert_bias.shape != logits.shape[-1:]:
+    if expert_bias is not None and expert_bias.shape != scores.shape[-1:]:
         raise ValueError(
-            f"expert_bias={tuple(expert_bias.shape)} does not match logits={tuple(logits.shape)}; "
+            f"expert_bias={tuple(expert_bias.shape)} does not match scores={tuple(scores.shape)}; "
             "give one bias per expert"
         )
-    scores = torch.sigmoid(logits.to(compute_dtype(logits.dtype)))
     with torch.no_grad():
         biased = scores if expert_bias is None else scores + expert_bias
         indices = group_limited_topk(
@@ -104,6 +125,13 @@ def z_loss_sum(
         )
     squares = torch.logsumexp(logits.to(compute_dtype(logits.dtype)), dim=-1).square()
     return squares.sum() if mask is None else squares.masked_fill(~mask, 0.0).sum()
+
+
+def relative_load(counts: Int[Tensor, " e"]) -> Float[Tensor, " e"]:
+    """Return the tokens of each expert over their mean, fp64; ones where no token was counted."""
+    total = counts.sum()
+    load = counts.double() * counts.shape[-1] / total.clamp(min=1)
+    return torch.where(total > 0, load, 1.0)
 
 
 def expert_bias_update(

@@ -7,7 +7,7 @@ from ring_train.plan.lora import LoraPlan
 from ring_train.plan.mesh import Mesh, smallest_world
 from ring_train.plan.phases import Phase, StepPlan
 from ring_train.plan.pipeline import PipelinePlan
-from ring_train.plan.plan import Plan, check_trainable, make_plan, model_at, plan_record
+from ring_train.plan.plan import Plan, make_plan, model_at, plan_record
 from ring_train.plan.problems import PlanError
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Plan",
     "PlanError",
     "StepPlan",
-    "check_trainable",
     "context_tokens",
     "make_plan",
     "model_at",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from ring_train.config import Architecture, Config, DomainConfig, ModelConfig, ScoreFunction
+from ring_train.config import Config, DomainConfig, ModelConfig
 from ring_train.plan.batch import BatchPlan
 from ring_train.plan.cost import Cost, make_cost, state_bytes
 from ring_train.plan.coverage import coverage_problems
@@ -222,31 +222,6 @@ def _domain_problems(name: str, domain: DomainConfig) -> list[str]:
             f"{path}.min_document_tokens={domain.min_document_tokens} is negative; choose 0 or more"
         )
     return problems
-
-
-def check_trainable(plan: Plan) -> None:
-    """Raise a PlanError for a model that can be counted but not yet built.
-
-    The build step calls this; `dry_run` does not.
-    """
-    model = plan.config.model
-    later = {
-        f"model.architecture={model.architecture}": model.architecture is Architecture.bailing_moe,
-        f"model.norm_head={model.norm_head}": model.norm_head,
-        f"model.moe_router_score_function={model.moe_router_score_function}": (
-            "moe" in plan.layers.channel_mixers
-            and model.moe_router_score_function is not ScoreFunction.sigmoid
-        ),
-        f"model.moe_aux_loss_coeff={model.moe_aux_loss_coeff}": model.moe_aux_loss_coeff != 0,
-    }
-    problems = [
-        f"{value} can be counted by dry_run, but training it is not implemented yet; "
-        "choose a preset of the 2.0 families"
-        for value, refused in later.items()
-        if refused
-    ]
-    if problems:
-        raise PlanError(problems)
 
 
 def model_at(plan: Plan, step: int) -> ModelConfig:

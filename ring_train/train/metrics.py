@@ -60,8 +60,8 @@ def step_metrics(
         record[f"mtp_loss/{depth}"] = mean
     record["grad_norm"] = result.grad_norm
     record["learning_rate"] = result.learning_rate
-    for key in ("max_over_mean", "entropy_nats", "dead_experts", "z_loss"):
-        values = [load[key] for load in loads.values()]
+    for key in ("max_over_mean", "entropy_nats", "dead_experts", "z_loss", "balance_loss"):
+        values = [load[key] for load in loads.values() if key in load]
         if values:
             record[f"router/{key}"] = sum(values) / len(values)
     for number, load in sorted(loads.items()):
@@ -73,7 +73,8 @@ def load_figures(result: StepResult) -> dict[int, dict[str, float]]:
     """Return expert-load figures per layer number of this pipeline stage.
 
     `max_over_mean` is the busiest expert over the mean, `entropy_nats` the entropy of the load
-    (ln e when balanced), `dead_experts` the experts without a token in this step.
+    (ln e when balanced), `dead_experts` the experts without a token in this step; `balance_loss` is
+    there where it is trained with.
     """
     figures = {}
     for number, load in result.loads.items():
@@ -85,6 +86,8 @@ def load_figures(result: StepResult) -> dict[int, dict[str, float]]:
             "dead_experts": float((counts == 0).sum()),
             "z_loss": float(load.z_loss),
         }
+        if load.balance_loss is not None:
+            figures[number]["balance_loss"] = float(load.balance_loss)
     return figures
 
 

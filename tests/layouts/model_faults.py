@@ -60,15 +60,15 @@ def norms_not_tagged_for_sequence_parallelism() -> Patches:
 
 
 def router_not_tagged_for_sequence_parallelism() -> Patches:
-    from ring_train.model.router import SigmoidRouter
+    from ring_train.model.router import ExpertRouter
 
-    original = SigmoidRouter.__init__
+    original = ExpertRouter.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.weight.sequence_parallel = False
 
-    return [mock.patch.object(SigmoidRouter, "__init__", init)]
+    return [mock.patch.object(ExpertRouter, "__init__", init)]
 
 
 def experts_numbered_by_rank() -> Patches:

@@ -173,9 +173,9 @@ def expert_counts_summed_over_data_ranks_only() -> Patches:
 
 
 def expert_counts_doubled_by_recomputation() -> Patches:
-    from ring_train.model.router import SigmoidRouter
+    from ring_train.model.router import ExpertRouter
 
-    original = SigmoidRouter.forward
+    original = ExpertRouter.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
@@ -185,7 +185,7 @@ def expert_counts_doubled_by_recomputation() -> Patches:
         with torch.enable_grad():
             return original(self, *args, **kwargs)
 
-    return [mock.patch.object(SigmoidRouter, "forward", forward)]
+    return [mock.patch.object(ExpertRouter, "forward", forward)]
 
 
 def z_loss_divided_by_local_tokens() -> Patches:

@@ -27,7 +27,7 @@ COUNTED = {
     "layer": "TransformerLayer",
     "core_attn": "DocumentAttention",
     "mlp": "MLP",
-    "moe": "SigmoidRouter",
+    "moe": "ExpertRouter",
     "shared_experts": "SharedExpertMLP",
 }
 """Class whose forward a kind of recomputation repeats; megatron repeats a MoE layer from inside."""

@@ -12,18 +12,18 @@ from ring_train.plan import make_plan
 from ring_train.plan.megatron import make_transformer_config
 
 # isort: split
-from ring_train.model.router import SigmoidRouter, begin_router_step, routers
+from ring_train.model.router import ExpertRouter, begin_router_step, routers
 
 FINE_BIAS = 1 + 2.0**-20
 """A number that bf16 and fp16 round to 1."""
 
 
 @pytest.fixture
-def router() -> SigmoidRouter:
+def router() -> ExpertRouter:
     """Return a router of 8 experts with a bias that only fp32 can hold."""
     plan = make_plan(compose("pretrain", ["model=tiny", "train=cpu", "optim=short"]), 1)
     groups: Any = SimpleNamespace(tp=None, cp=None, tp_cp=None, tp_dp_cp=None)
-    router = SigmoidRouter(make_transformer_config(plan), groups, plan.config.model)
+    router = ExpertRouter(make_transformer_config(plan), groups, plan.config.model)
     router.set_layer_number(1)
     nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
     router.expert_bias.fill_(FINE_BIAS)
@@ -39,7 +39,7 @@ def hidden(tokens: int) -> torch.Tensor:
     [nn.Module.bfloat16, nn.Module.half, lambda module: module.to(torch.bfloat16)],
     ids=["bfloat16", "half", "to"],
 )
-def test_the_bias_survives_a_cast_of_the_model(cast: Any, router: SigmoidRouter) -> None:
+def test_the_bias_survives_a_cast_of_the_model(cast: Any, router: ExpertRouter) -> None:
     model = cast(nn.Sequential(router))
     assert router.weight.dtype != torch.float32
     assert router.expert_bias.dtype == torch.float32
@@ -48,13 +48,13 @@ def test_the_bias_survives_a_cast_of_the_model(cast: Any, router: SigmoidRouter)
     assert dict(model.named_buffers())["0.expert_bias"] is router.expert_bias
 
 
-def test_the_bias_is_saved_and_the_counters_are_not(router: SigmoidRouter) -> None:
+def test_the_bias_is_saved_and_the_counters_are_not(router: ExpertRouter) -> None:
     assert router.state_dict().keys() == {"weight", "expert_bias"}
     router.load_state_dict({**router.state_dict(), "expert_bias": torch.arange(8.0)})
     assert router.expert_bias.tolist() == list(range(8))
 
 
-def test_the_bias_moves_the_choice_and_not_the_weights(router: SigmoidRouter) -> None:
+def test_the_bias_moves_the_choice_and_not_the_weights(router: ExpertRouter) -> None:
     router.expert_bias.zero_()
     free, _ = router(hidden(50))
     router.expert_bias[3] = 10.0
@@ -67,7 +67,7 @@ def test_the_bias_moves_the_choice_and_not_the_weights(router: SigmoidRouter) ->
     torch.testing.assert_close(probs, scale * picked / picked.sum(-1, keepdim=True))
 
 
-def test_counts_add_up_over_calls_and_leave_out_padding(router: SigmoidRouter) -> None:
+def test_counts_add_up_over_calls_and_leave_out_padding(router: ExpertRouter) -> None:
     begin_router_step([router], 30)
     first = router(hidden(20))[1]
     padding = torch.arange(20)[:, None] >= 10
@@ -80,7 +80,7 @@ def test_counts_add_up_over_calls_and_leave_out_padding(router: SigmoidRouter) -
     assert not router.tokens_per_expert.any()
 
 
-def test_without_gradients_nothing_is_counted(router: SigmoidRouter) -> None:
+def test_without_gradients_nothing_is_counted(router: ExpertRouter) -> None:
     begin_router_step([router], 20)
     with torch.no_grad():
         router(hidden(20))
@@ -88,7 +88,7 @@ def test_without_gradients_nothing_is_counted(router: SigmoidRouter) -> None:
     assert not router.z_loss
 
 
-def test_the_margin_is_that_of_the_closest_token(router: SigmoidRouter) -> None:
+def test_the_margin_is_that_of_the_closest_token(router: ExpertRouter) -> None:
     router.track_margin = True
     alone = float("inf")
     for row in hidden(40).split(1):

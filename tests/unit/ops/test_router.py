@@ -1,6 +1,7 @@
 """Routing against a token-by-token reading of the specification, margins, z-loss, bias update."""
 
 import inspect
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from ring_train.ops.router import (
     expert_bias_update,
+    expert_scores,
     group_limited_topk,
+    relative_load,
     routing_margin,
-    sigmoid_routing,
+    topk_routing,
     z_loss_sum,
 )
 
@@ -78,17 +81,25 @@ def test_margin_sees_groups_and_the_experts_of_kept_groups_only() -> None:
     assert float(routing_margin(close_experts, **options)) == pytest.approx(0.05, abs=1e-6)
 
 
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda logits: 1 / (1 + torch.exp(-logits)),
+    "softmax": lambda logits: torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True),
+}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("function", SCORES)
 def test_weights_and_their_gradient_equal_the_formula(
-    shape: dict[str, Any], dtype: torch.dtype
+    shape: dict[str, Any], dtype: torch.dtype, function: str
 ) -> None:
     experts, options = shape["experts"], {k: v for k, v in shape.items() if k != "experts"}
     logits = random(30, experts).to(dtype).requires_grad_()
     bias = (0.3 * random(experts, seed=1)).to(dtype)
-    weights, chosen = sigmoid_routing(logits, bias, **options, scaling_factor=2.5)
+    found = expert_scores(logits, function)
+    weights, chosen = topk_routing(found, bias, **options, scaling_factor=2.5)
     exact = logits.detach().double().requires_grad_()
-    scores = 1 / (1 + torch.exp(-exact))
+    scores = SCORES[function](exact)
     expected = torch.zeros_like(scores)
     for token, row in enumerate((scores + bias).tolist()):
         indices = choose_reference(row, **options)[0]
@@ -112,17 +123,19 @@ def test_bias_moves_the_choice_and_no_weight() -> None:
         "group_topk": None,
         "scaling_factor": 1.0,
     }
-    plain, chosen = sigmoid_routing(logits, None, **options)
+    scores = expert_scores(logits, "sigmoid")
+    plain, chosen = topk_routing(scores, None, **options)
     assert chosen.tolist() == [[True, True, False, False]]
-    zero, _ = sigmoid_routing(logits, torch.zeros(4), **options)
+    zero, _ = topk_routing(scores, torch.zeros(4), **options)
     assert torch.equal(zero, plain)
-    weights, chosen = sigmoid_routing(logits, torch.tensor([0.0, 0.0, 0.0, 9.0]), **options)
+    weights, chosen = topk_routing(scores, torch.tensor([0.0, 0.0, 0.0, 9.0]), **options)
     assert chosen.tolist() == [[True, False, False, True]]
-    scores = torch.sigmoid(logits[0, [0, 3]])
-    torch.testing.assert_close(weights[0, [0, 3]], scores / scores.sum())
+    picked = torch.sigmoid(logits[0, [0, 3]])
+    torch.testing.assert_close(weights[0, [0, 3]], picked / picked.sum())
 
 
-def test_bf16_logits_are_routed_in_fp32() -> None:
+@pytest.mark.parametrize("function", SCORES)
+def test_bf16_logits_are_routed_in_fp32(function: str) -> None:
     options: dict[str, Any] = {
         "topk": 2,
         "num_groups": None,
@@ -130,8 +143,8 @@ def test_bf16_logits_are_routed_in_fp32() -> None:
         "scaling_factor": 2.5,
     }
     logits = random(20, 8).bfloat16()
-    weights, chosen = sigmoid_routing(logits, None, **options)
-    wide, same = sigmoid_routing(logits.float(), None, **options)
+    weights, chosen = topk_routing(expert_scores(logits, function), None, **options)
+    wide, same = topk_routing(expert_scores(logits.float(), function), None, **options)
     assert weights.dtype == torch.float32
     assert torch.equal(weights, wide)
     assert torch.equal(chosen, same)
@@ -164,6 +177,13 @@ def test_bias_moves_by_the_sign_of_mean_minus_count(counts: list[int], zero_mean
     torch.testing.assert_close(found - bias, expected, rtol=0, atol=2e-7)
     if zero_mean:
         assert abs(float((found - bias).mean())) < 1e-7
+
+
+def test_load_is_relative_to_the_mean() -> None:
+    load = relative_load(torch.tensor([0, 1, 2, 5]))
+    assert load.tolist() == [0.0, 0.5, 1.0, 2.5]
+    assert load.dtype == torch.float64
+    assert relative_load(torch.zeros(3, dtype=torch.int64)).tolist() == [1.0] * 3
 
 
 def test_balance_is_judged_in_integers_and_layer_by_layer() -> None:
@@ -200,7 +220,9 @@ def test_groups_that_do_not_fit_are_refused(change: dict[str, Any], match: str) 
 def test_wrong_inputs_are_refused() -> None:
     options: dict[str, Any] = {"topk": 2, "num_groups": None, "group_topk": None}
     with pytest.raises(ValueError, match="one bias per expert"):
-        inspect.unwrap(sigmoid_routing)(random(3, 8), random(7), **options, scaling_factor=1.0)
+        inspect.unwrap(topk_routing)(random(3, 8), random(7), **options, scaling_factor=1.0)
+    with pytest.raises(ValueError, match="choose sigmoid or softmax"):
+        inspect.unwrap(expert_scores)(random(3, 8), "relu")
     with pytest.raises(ValueError, match="one flag per token"):
         inspect.unwrap(z_loss_sum)(random(3, 8), torch.ones(2).bool())
     update = inspect.unwrap(expert_bias_update)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_train.config import ParallelConfig, compose
-from ring_train.plan import Plan, PlanError, check_trainable, make_plan, smallest_world
+from ring_train.config import ParallelConfig
+from ring_train.plan import PlanError, make_plan, smallest_world
 from ring_train.plan.mesh import make_mesh, mesh_problems
 from ring_train.plan.mixers import TOKEN_MIXERS, Mixer
 from tests.unit.plan.configs import tiny
@@ -244,16 +244,3 @@ def test_a_new_mixer_is_one_entry_in_the_registry(monkeypatch: pytest.MonkeyPatc
     assert cost.num_parameters == shared + 4 * 7
     assert cost.num_active_parameters == shared + 4 * 5
     assert "model.token_mixers=mean cannot" in problems(2, "parallel=tp2", *words)
-
-
-@pytest.mark.parametrize("preset", ["tiny", "small", "ring_mini_linear_2_0", "ling_1t"])
-def test_the_2_0_families_are_trainable(preset: str) -> None:
-    check_trainable(make_plan(compose("pretrain", [f"model={preset}"]), 1))
-
-
-def test_the_first_generation_is_counted_but_not_trained() -> None:
-    plan: Plan = make_plan(compose("pretrain", ["model=ring_lite"]), 1)
-    with pytest.raises(PlanError, match="bailing_moe can be counted") as caught:
-        check_trainable(plan)
-    assert any("norm_head" in problem for problem in caught.value.problems)
-    assert any("softmax" in problem for problem in caught.value.problems)
