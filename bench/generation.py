@@ -133,7 +133,7 @@ def theirs(batch: int) -> dict[str, float]:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from ring_train.config import Precision, compose
+        from ring_train.config import WeightFormat, compose
         from ring_train.hf.config import hf_config_dict
         from ring_train.hf.family import FAMILIES
 
@@ -143,7 +143,7 @@ def theirs(batch: int) -> dict[str, float]:
         folder.mkdir()
         for path in FAMILIES[config.architecture].modeling_files:
             shutil.copy(path, folder)
-        text = json.dumps(hf_config_dict(config, precision=Precision.fp32))
+        text = json.dumps(hf_config_dict(config, weights=WeightFormat.fp32))
         (folder / "config.json").write_text(text)
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=True).float().eval()

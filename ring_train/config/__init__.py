@@ -5,6 +5,7 @@ from ring_train.config.choices import (
     Architecture,
     DecayLayerRule,
     LrDecayStyle,
+    MtpExport,
     NewGates,
     NewRows,
     Packing,
@@ -13,6 +14,7 @@ from ring_train.config.choices import (
     RecomputeGranularity,
     RecomputeMethod,
     ScoreFunction,
+    WeightFormat,
 )
 from ring_train.config.composition import ConfigError, compose, read_yaml, to_yaml
 from ring_train.config.data import DataConfig, DomainConfig
@@ -60,6 +62,7 @@ __all__ = [
     "LoraConfig",
     "LrDecayStyle",
     "ModelConfig",
+    "MtpExport",
     "NewGates",
     "NewRows",
     "OptimConfig",
@@ -78,6 +81,7 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "VerifyCheckpointConfig",
+    "WeightFormat",
     "compose",
     "read_yaml",
     "to_yaml",

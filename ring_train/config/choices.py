@@ -79,6 +79,26 @@ class Precision(StrEnum):
     bf16 = auto()
 
 
+class WeightFormat(StrEnum):
+    """Dtype of the weights of an export."""
+
+    fp32 = auto()
+    bf16 = auto()
+    fp8 = auto()
+    """e4m3 in blocks of 128 x 128 with fp32 scales; what is no large projection stays bf16."""
+
+
+class MtpExport(StrEnum):
+    """Where an export puts the multi-token-prediction layers."""
+
+    layer = auto()
+    """Behind the last layer, in the same files."""
+    separate = auto()
+    """In the folder `mtp` inside the output, as a model of one layer."""
+    none = auto()
+    """Nowhere."""
+
+
 class AdapterExport(StrEnum):
     """What an export makes of low-rank adapters."""
 

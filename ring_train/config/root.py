@@ -5,7 +5,15 @@ Nested nodes have no default: the defaults list of the root's YAML chooses them.
 
 from dataclasses import dataclass, field
 
-from ring_train.config.choices import AdapterExport, DecayLayerRule, NewGates, NewRows, Precision
+from ring_train.config.choices import (
+    AdapterExport,
+    DecayLayerRule,
+    MtpExport,
+    NewGates,
+    NewRows,
+    Precision,
+    WeightFormat,
+)
 from ring_train.config.data import DataConfig
 from ring_train.config.evaluation import EvaluationConfig
 from ring_train.config.lora import LoraConfig
@@ -77,8 +85,12 @@ class ExportConfig:
     checkpoint: str
     """Checkpoint folder, or run folder for its latest one."""
     output: str
-    precision: Precision = Precision.bf16
+    precision: WeightFormat = WeightFormat.bf16
     """Dtype of the exported weights."""
+    mtp: MtpExport = MtpExport.layer
+    """Where the multi-token-prediction layers go."""
+    max_shard_bytes: int = 4 * 2**30
+    """A file is closed before its tensors would exceed this."""
     adapter: AdapterExport | None = None
     """What becomes of adapters; null = merged, where there are any."""
     base_model: str | None = None
@@ -107,7 +119,7 @@ class ConvertConfig:
     """Folder of a tokenizer with more ids; null = that of hf_dir."""
     new_rows: NewRows = NewRows.mean
     """What rows of new ids start from."""
-    precision: Precision | None = None
+    precision: WeightFormat | None = None
     """Dtype of the written weights; null = that of hf_dir."""
     seed: int = 1234
     """Of what is drawn."""

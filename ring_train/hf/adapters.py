@@ -6,7 +6,7 @@ of the weight's; it means weight + scale * B A.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,28 +24,28 @@ class Adapter:
     """[out, r]."""
 
 
-def split_adapters(
-    tensors: Iterable[tuple[str, Tensor]],
-) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
-    """Return (weights and biases, adapters by the name of the weight that they belong to)."""
-    named = dict(tensors)
-    adapters = {
-        name.removesuffix(A) + WEIGHT: Adapter(named.pop(name), named.pop(name.removesuffix(A) + B))
-        for name in [name for name in named if name.endswith(A)]
-    }
-    assert not [name for name in named if name.endswith(B)]
-    assert adapters.keys() <= named.keys()
-    return named, adapters
+def adapted_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return (names of weights and biases, those of them that have an adapter)."""
+    found = set(names)
+    adapted = [name.removesuffix(A) + WEIGHT for name in found if name.endswith(A)]
+    plain = {name for name in found if not name.endswith((A, B))}
+    assert set(adapted) <= plain
+    return sorted(plain), sorted(adapted)
 
 
-def merged_weights(
-    weights: dict[str, Tensor], adapters: dict[str, Adapter], scale: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight, those with an adapter as W + scale * B A, added up in fp64."""
-    for name, weight in weights.items():
-        adapter = adapters.get(name)
-        if adapter is None:
-            yield name, weight
-        else:
-            product = adapter.b.detach().double() @ adapter.a.detach().double()
-            yield name, (weight.detach().double() + scale * product).to(weight.dtype)
+def read_adapter(name: str, read: Callable[[str], Tensor]) -> Adapter:
+    """Return the adapter of a weight."""
+    stem = name.removesuffix(WEIGHT)
+    return Adapter(read(stem + A), read(stem + B))
+
+
+def read_merged(
+    name: str, read: Callable[[str], Tensor], adapted: Container[str], scale: float
+) -> Tensor:
+    """Return a weight; one with an adapter as W + scale * B A in fp32, added up in fp64."""
+    weight = read(name)
+    if name not in adapted:
+        return weight
+    adapter = read_adapter(name, read)
+    merged = (adapter.b.double() @ adapter.a.double()).mul_(scale).add_(weight)
+    return merged.float()

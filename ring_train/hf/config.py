@@ -5,14 +5,23 @@ for two of them; keys have no defaults, because those of the public code bite (m
 the decay rule of a linear model is never guessed.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ring_train.config import Architecture, DecayLayerRule, ModelConfig, Precision, ScoreFunction
+from ring_train.config import (
+    Architecture,
+    DecayLayerRule,
+    ModelConfig,
+    ScoreFunction,
+    WeightFormat,
+)
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, family_of, family_problems
+from ring_train.hf.fp8 import quantization_dict, quantization_problems
+from ring_train.hf.mtp import MTP_FOLDER
 from ring_train.plan import context_tokens
 
 INT_KEYS = (
@@ -105,16 +114,32 @@ def read_model_config(
     problems = _value_problems(raw, ints, floats)
     problems += _only_problems(raw, V1_ONLY_VALUES if is_v1 else V2_ONLY_VALUES)
     problems += _rope_scaling_problems(raw.get("rope_scaling"))
+    problems += quantization_problems(raw)
     if is_linear:
         problems += _only_problems(raw, {"linear_rope": True})
     if problems:
         raise HfError(f"{path}: {'; '.join(problems)}; correct config.json")
     rule = _decay_rule(path, raw, decay_layer_rule, is_linear=is_linear)
     model = _make_model(raw, architecture, rule)
+    model = dataclasses.replace(model, mtp_num_layers=model.mtp_num_layers or _separate_mtp(path))
     problems = [] if is_v1 else family_problems(model)
     if problems:
         raise HfError(f"{path}: {'; '.join(problems)}; this is not a folder of its family")
     return model
+
+
+def _separate_mtp(path: Path) -> int:
+    """Return how many MTP depths lie in a folder of their own beside a `config.json`."""
+    separate = path.parent / MTP_FOLDER / path.name
+    if not separate.is_file():
+        return 0
+    depths = read_json(separate).get("num_nextn_predict_layers")
+    if type(depths) is not int or depths < 1:
+        raise HfError(
+            f"{separate}: num_nextn_predict_layers={depths!r}, but a folder of MTP layers has at "
+            "least one; correct it or remove the folder"
+        )
+    return depths
 
 
 def _make_model(
@@ -298,7 +323,7 @@ def _decay_rule(
     return DecayLayerRule(stated)
 
 
-def hf_config_dict(model: ModelConfig, *, precision: Precision) -> dict[str, Any]:
+def hf_config_dict(model: ModelConfig, *, weights: WeightFormat) -> dict[str, Any]:
     """Return `config.json` of an export: every key of model-spec 3.2, none left to a default.
 
     Raises:
@@ -316,7 +341,7 @@ def hf_config_dict(model: ModelConfig, *, precision: Precision) -> dict[str, Any
         "architectures": [family.architecture],
         "auto_map": family.auto_map,
         "model_type": family.model_type,
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision.value],
+        "torch_dtype": "float32" if weights is WeightFormat.fp32 else "bfloat16",
         **ONLY_VALUES,
         **V2_ONLY_VALUES,
         "num_hidden_layers": model.num_layers,
@@ -356,6 +381,8 @@ def hf_config_dict(model: ModelConfig, *, precision: Precision) -> dict[str, Any
         config["linear_silu"] = model.linear_silu
         config["linear_rope"] = True
         config["decay_layer_rule"] = model.decay_layer_rule.value
+    if weights is WeightFormat.fp8:
+        config["quantization_config"] = quantization_dict(model.num_layers, model.mtp_num_layers)
     return config
 
 

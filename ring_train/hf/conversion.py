@@ -9,19 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ring_train.config import Architecture, ConvertConfig, DecayLayerRule, ModelConfig, Precision
+from ring_train.config import (
+    Architecture,
+    ConvertConfig,
+    DecayLayerRule,
+    ModelConfig,
+    WeightFormat,
+)
 from ring_train.hf.config import read_json, read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import family_of
+from ring_train.hf.fp8 import FP8_NAME
 from ring_train.hf.layer_pattern import layer_pattern_problems, with_layer_pattern
 from ring_train.hf.reader import open_hf_folder
-from ring_train.hf.shards import read_stored
+from ring_train.hf.shards import read_model_files
 from ring_train.hf.table import make_table
 from ring_train.hf.vocabulary import VocabularyChange, make_vocabulary_change, with_vocabulary
-from ring_train.hf.writer import write_hf_folder
+from ring_train.hf.writer import HfFormat, write_hf_folder
 from ring_train.plan.layers import token_mixers
 
-PRECISIONS = {"F32": Precision.fp32, "BF16": Precision.bf16}
+PRECISIONS = {"F32": WeightFormat.fp32, "BF16": WeightFormat.bf16}
 """By the words of the safetensors format."""
 
 
@@ -32,7 +39,7 @@ class Conversion:
     source: ModelConfig
     target: ModelConfig
     vocabulary: VocabularyChange
-    precision: Precision
+    precision: WeightFormat
     tokenizer: Path
 
     def summary(self) -> str:
@@ -97,8 +104,8 @@ def convert_folder(conversion: Conversion, config: ConvertConfig) -> None:
         write_hf_folder(
             config.output,
             conversion.target,
-            ((name, read(name)) for name in make_table(conversion.target)),
-            precision=conversion.precision,
+            read,
+            form=HfFormat(weights=conversion.precision),
             tokenizer_dir=conversion.tokenizer,
         )
 
@@ -175,12 +182,14 @@ def _norm_problems(source: ModelConfig, config: ConvertConfig, group: int) -> li
     return []
 
 
-def _stored_precision(folder: Path, model: ModelConfig) -> Precision:
+def _stored_precision(folder: Path, model: ModelConfig) -> WeightFormat:
     """Return the dtype that all weights of a folder have."""
-    stored = read_stored(folder)
+    stored = read_model_files(folder, model.num_layers)
     table = make_table(model).values()
     names = [name for entry in table if not entry.fp32 for name in entry.hf if name in stored]
     dtypes = {stored[name].dtype for name in names}
+    if FP8_NAME in dtypes:
+        return WeightFormat.fp8
     if len(dtypes) == 1 and dtypes <= PRECISIONS.keys():
         return PRECISIONS[dtypes.pop()]
     raise HfError(

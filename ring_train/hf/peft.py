@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ring_train.config import LoraConfig, ModelConfig, Precision
+from ring_train.config import LoraConfig, ModelConfig, WeightFormat
 from ring_train.hf.adapters import Adapter
 from ring_train.hf.errors import HfError
+from ring_train.hf.parts import DTYPES
 from ring_train.hf.reader import open_hf_folder
-from ring_train.hf.shards import write_tensors
 from ring_train.hf.table import Entry, make_table
-from ring_train.hf.transaction import new_folder
-from ring_train.hf.writer import DTYPES, write_json
+from ring_train.hf.transaction import write_folder
+from ring_train.hf.writer import write_json
+from ring_train.storage.safetensors import write_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,7 +39,7 @@ def write_peft_folder(
     lora: LoraConfig,
     adapters: dict[str, Adapter],
     *,
-    precision: Precision,
+    precision: WeightFormat,
     base_model: str,
 ) -> None:
     """Write the folder of all adapters of a model; it appears whole or not at all.
@@ -67,11 +69,14 @@ def write_peft_folder(
     pattern = target_pattern(modules)
     every_module = {name.removesuffix(".weight") for entry in table.values() for name in entry.hf}
     assert {module for module in every_module if re.fullmatch(pattern, module)} == modules
-    with new_folder(Path(output)) as partial:
+
+    def fill(partial: Path) -> None:
         write_json(partial / CONFIG_NAME, _peft_config(lora, pattern, base_model))
         write_tensors(partial / WEIGHTS_NAME, tensors)
         with safe_open(partial / WEIGHTS_NAME, framework="pt") as written:
             assert set(written.keys()) == tensors.keys()
+
+    write_folder(Path(output), fill)
 
 
 def _hf_adapters(entry: Entry, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
@@ -121,20 +126,25 @@ def _peft_config(lora: LoraConfig, pattern: str, base_model: str) -> dict[str, A
 
 
 def check_base_weights(
-    folder: Path, model: ModelConfig, weights: dict[str, Tensor], precision: Precision
+    folder: Path,
+    model: ModelConfig,
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
 ) -> None:
     """Raise HfError unless a folder holds the frozen weights of a run, rounded or not.
 
     Args:
         folder: Hugging Face folder.
         model: what `read_model_config` said about it.
-        weights: of the run, whole, by the trainer's names.
-        precision: in which the run held them.
+        names: of the weights in the trainer.
+        read: returns a weight of the run, whole.
+        dtype: in which the run held what is not fp32 by definition.
     """
     with open_hf_folder(folder, model) as reader:
-        for name, ours in weights.items():
-            theirs = reader.read_logical(name)
-            dtypes = (theirs.dtype, theirs.dtype if reader.table[name].fp32 else DTYPES[precision])
+        for name in names:
+            theirs, ours = reader.read_logical(name), read(name)
+            dtypes = (theirs.dtype, theirs.dtype if reader.table[name].fp32 else dtype)
             narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
             if not theirs.to(narrow).equal(ours.detach().to("cpu", narrow)):
                 raise HfError(

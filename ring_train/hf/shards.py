@@ -1,34 +1,37 @@
-"""Which tensors the safetensors files of a folder hold, known from their headers alone.
-
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
-then the data (https://github.com/huggingface/safetensors#format).
-"""
+"""Which tensors the safetensors files of a folder hold, known from their headers alone."""
 
 import json
-import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ring_train.hf.errors import HfError
+from ring_train.hf.mtp import MTP_FOLDER, moved
+from ring_train.hf.parts import SINGLE_NAME
+from ring_train.storage.errors import StorageError
+from ring_train.storage.safetensors import Stored, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One tensor as a header describes it."""
+def read_model_files(folder: Path, num_layers: int) -> dict[str, Stored]:
+    """Return every tensor of a model by name, MTP layers of a folder of their own included.
 
-    shard: Path
-    dtype: str
-    """Word of the format: F32, BF16 and so on."""
-    shape: tuple[int, ...]
+    Args:
+        folder: of the model.
+        num_layers: of its trunk, behind which MTP layers are counted.
+
+    Raises:
+        HfError: see `read_stored`; or MTP layers lie in both places.
+    """
+    stored = read_stored(folder)
+    if not (folder / MTP_FOLDER / "config.json").is_file():
+        return stored
+    separate = {moved(k, num_layers): v for k, v in read_stored(folder / MTP_FOLDER).items()}
+    twice = sorted(stored.keys() & separate.keys())
+    if twice:
+        raise HfError(
+            f"{folder} holds {twice[0]}, and {folder / MTP_FOLDER} holds it too; remove one of them"
+        )
+    return stored | separate
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
@@ -44,11 +47,11 @@ def read_stored(folder: Path) -> dict[str, Stored]:
     if not index_path.exists():
         if not single_path.exists():
             raise HfError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}; export again")
-        return read_header(single_path)
+        return _header(single_path)
     weight_map = _read_weight_map(index_path)
     stored: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
-        for tensor, entry in read_header(folder / name).items():
+        for tensor, entry in _header(folder / name).items():
             if weight_map.get(tensor) != name:
                 raise HfError(
                     f"{folder / name} holds {tensor}, but {index_path} says "
@@ -78,43 +81,8 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Return the tensors of one safetensors file, whose size must be what its header says."""
+def _header(path: Path) -> dict[str, Stored]:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            if header_bytes > min(size, MAX_HEADER_BYTES):
-                raise HfError(f"{path} has {size} bytes, fewer than its header; copy it again")
-            header = json.loads(file.read(header_bytes))
-        stored = {name: _stored(path, entry) for name, entry in header.items() if _is_tensor(name)}
-        end = max((header[name]["data_offsets"][1] for name in stored), default=0)
-    except FileNotFoundError as error:
-        raise HfError(f"{path} does not exist; copy the folder again") from error
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, HfError):
-            raise
-        raise HfError(f"{path} is not a safetensors file ({error}); copy it again") from error
-    expected = 8 + header_bytes + end
-    if size != expected:
-        raise HfError(f"{path} has {size} bytes, its header describes {expected}; copy it again")
-    return stored
-
-
-def _is_tensor(name: str) -> bool:
-    return name != "__metadata__"
-
-
-def _stored(path: Path, entry: dict[str, Any]) -> Stored:
-    return Stored(shard=path, dtype=str(entry["dtype"]), shape=tuple(entry["shape"]))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file with the permissions that any other new file gets.
-
-    The library makes it readable for its owner alone, and who serves a folder is often another.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
+        return read_header(path)
+    except StorageError as error:
+        raise HfError(str(error)) from error

@@ -8,13 +8,15 @@ Unusual: Megatron lays the rows of a fused qkv projection out per query group - 
 key, its value -, Hugging Face as all queries, all keys, all values (model-spec 2.1 and 3.1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ring_train.config import ModelConfig
+from ring_train.hf.errors import HfError
+from ring_train.hf.fp8 import Fp8Scale
 from ring_train.plan.layers import channel_mixers, token_mixers
 from ring_train.plan.mixers import MTP_MIXERS
 
@@ -35,6 +37,8 @@ class Entry:
     """Head i of the folder is head head_order[i] of the trainer; None: rows stay in order."""
     fp32: bool = False
     """Stays fp32 whatever the dtype of the folder."""
+    fp8: tuple[Fp8Scale, ...] | None = None
+    """How each of `hf` is scaled in a block-FP8 folder; None: it is bf16 there."""
 
     @property
     def shape(self) -> Shape:
@@ -63,18 +67,20 @@ class Entry:
 
 
 def make_table(model: ModelConfig) -> dict[str, Entry]:
-    """Return the entries of a model by their name in the trainer."""
+    """Return the entries of a model by their name in the trainer, in the order of a folder."""
     width, vocab = model.hidden_size, model.vocab_size
     entries = [
         _plain("embedding.word_embeddings.weight", "model.word_embeddings.weight", vocab, width),
-        _plain("decoder.final_layernorm.weight", "model.norm.weight", width),
-        _plain("output_layer.weight", "lm_head.weight", vocab, width),
     ]
     mixers = zip(token_mixers(model), channel_mixers(model), strict=True)
     for index, pair in enumerate(mixers):
         entries += _layer(model, f"decoder.layers.{index}.", f"model.layers.{index}.", pair)
     for depth in range(model.mtp_num_layers):
         entries += _mtp_layer(model, depth)
+    entries += [
+        _plain("decoder.final_layernorm.weight", "model.norm.weight", width),
+        _plain("output_layer.weight", "lm_head.weight", vocab, width),
+    ]
     table = {entry.logical: entry for entry in entries}
     hf_names = [name for entry in entries for name in entry.hf]
     assert len(table) == len(entries)
@@ -82,9 +88,23 @@ def make_table(model: ModelConfig) -> dict[str, Entry]:
     return table
 
 
-def _plain(logical: str, hf: str, *shape: int, fp32: bool = False) -> Entry:
+def check_names(model: ModelConfig, names: Iterable[str]) -> None:
+    """Raise HfError, naming some, unless these are the tensors of a model."""
+    wanted, given = make_table(model).keys(), set(names)
+    for problem, differing in (("lacks", wanted - given), ("has besides", given - wanted)):
+        if differing:
+            raise HfError(
+                f"the checkpoint {problem} {len(differing)} tensors, first {min(differing)}; it is "
+                "of another model than its config.yaml says"
+            )
+
+
+def _plain(
+    logical: str, hf: str, *shape: int, fp32: bool = False, fp8: Fp8Scale | None = None
+) -> Entry:
     """Return an entry whose tensor is the same on both sides."""
-    return Entry(logical=logical, hf=(hf,), hf_shapes=(shape,), fp32=fp32)
+    scales = None if fp8 is None else (fp8,)
+    return Entry(logical=logical, hf=(hf,), hf_shapes=(shape,), fp32=fp32, fp8=scales)
 
 
 def _mtp_layer(model: ModelConfig, depth: int) -> list[Entry]:
@@ -121,8 +141,15 @@ def _attention(model: ModelConfig, logical: str, hf: str, num_groups: int) -> li
             hf=(f"{hf}query_key_value.weight",),
             hf_shapes=(((heads + 2 * num_groups) * channels, model.hidden_size),),
             head_order=_qkv_head_order(heads, num_groups),
+            fp8=(Fp8Scale.exact,),
         ),
-        _plain(f"{logical}linear_proj.weight", f"{hf}dense.weight", model.hidden_size, width),
+        _plain(
+            f"{logical}linear_proj.weight",
+            f"{hf}dense.weight",
+            model.hidden_size,
+            width,
+            fp8=Fp8Scale.power_of_two,
+        ),
     ]
     if model.qk_layernorm:
         norms = {"q_layernorm": "query_layernorm", "k_layernorm": "key_layernorm"}
@@ -152,20 +179,35 @@ def _lightning(model: ModelConfig, logical: str, hf: str) -> list[Entry]:
     width = model.num_attention_heads * model.kv_channels
     return [
         *_attention(model, logical, hf, model.num_attention_heads),
-        _plain(f"{logical}linear_gate.weight", f"{hf}g_proj.weight", width, model.hidden_size),
+        _plain(
+            f"{logical}linear_gate.weight",
+            f"{hf}g_proj.weight",
+            width,
+            model.hidden_size,
+            fp8=Fp8Scale.exact,
+        ),
         _plain(f"{logical}gate_norm.weight", f"{hf}g_norm.weight", width),
     ]
 
 
-def _mlp(width: int, ffn_size: int, logical: str, hf: str) -> list[Entry]:
+def _mlp(
+    width: int, ffn_size: int, logical: str, hf: str, gate_up: Fp8Scale = Fp8Scale.exact
+) -> list[Entry]:
     """Return the entries of a SwiGLU: gate and up rows are one tensor in the trainer."""
     return [
         Entry(
             logical=f"{logical}linear_fc1.weight",
             hf=(f"{hf}gate_proj.weight", f"{hf}up_proj.weight"),
             hf_shapes=((ffn_size, width), (ffn_size, width)),
+            fp8=(gate_up, gate_up),
         ),
-        _plain(f"{logical}linear_fc2.weight", f"{hf}down_proj.weight", width, ffn_size),
+        _plain(
+            f"{logical}linear_fc2.weight",
+            f"{hf}down_proj.weight",
+            width,
+            ffn_size,
+            fp8=Fp8Scale.exact,
+        ),
     ]
 
 
@@ -184,7 +226,8 @@ def _moe(model: ModelConfig, logical: str, hf: str) -> list[Entry]:
         entries.append(_plain(f"{logical}router.{bias}", f"{hf}gate.{bias}", experts, fp32=True))
     for expert in range(experts):
         name = f"experts.{expert}."
-        entries += _mlp(width, model.moe_ffn_hidden_size, logical + name, hf + name)
+        size = model.moe_ffn_hidden_size
+        entries += _mlp(width, size, logical + name, hf + name, Fp8Scale.power_of_two)
     if model.moe_shared_expert_intermediate_size is not None:
         name = "shared_experts."
         size = model.moe_shared_expert_intermediate_size

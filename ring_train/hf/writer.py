@@ -1,31 +1,35 @@
 """Writes a Hugging Face folder as a transaction: it appears whole, or not at all.
 
-Everything goes to a sibling folder first, is read back and compared with the model, and is renamed
-to its place last.
+Everything goes to a sibling folder first and is renamed to its place last. Tensors are read,
+converted and written one by one, each file by one rank, so that memory is that of a few tensors.
 """
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ring_train.config import Architecture, ModelConfig, Precision
+from ring_train.config import Architecture, ModelConfig, MtpExport, WeightFormat
 from ring_train.hf.config import generation_config_dict, hf_config_dict, read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, MODELING_DIR
+from ring_train.hf.mtp import MTP_FOLDER, mtp_config, mtp_table, trunk_table
+from ring_train.hf.parts import Part, PartReader, folder_parts, make_shards
 from ring_train.hf.reader import open_hf_folder
-from ring_train.hf.shards import INDEX_NAME, write_tensors
+from ring_train.hf.shards import INDEX_NAME
 from ring_train.hf.table import Entry, make_table
-from ring_train.hf.transaction import new_folder
+from ring_train.hf.transaction import write_folder
 from ring_train.plan import context_tokens
+from ring_train.runtime.ranks import ALONE, Ranks
+from ring_train.storage.files import write_synced
+from ring_train.storage.safetensors import safetensors_chunks
 
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 MAX_SHARD_BYTES = 4 * 2**30
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -49,37 +53,85 @@ LINEAR_FIELDS = frozenset({"group_norm_size", "decay_layer_rule", "linear_silu"}
 """Fields that a folder of a softmax family has no key for, because nothing depends on them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HfFormat:
+    """What a person may choose of a folder."""
+
+    weights: WeightFormat
+    mtp: MtpExport = MtpExport.layer
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """A file is closed before its tensors would exceed this."""
+
+
 def write_hf_folder(
     output: str | Path,
     model: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    read: Callable[[str], Tensor],
     *,
-    precision: Precision,
+    form: HfFormat,
     tokenizer_dir: str | Path,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write the folder of a model; one process calls this.
+    """Write the folder of a model. Collective over the ranks, which share its files.
 
     Args:
         output: must not exist, or be empty.
         model: goes to config.json.
-        tensors: (trainer's name, whole tensor), each tensor of the table exactly once.
-        precision: of the written weights; tensors that are fp32 by definition stay so.
+        read: returns a whole tensor by the trainer's name; asked for those of `make_table`, in
+            the order of the folder.
+        form: dtype, place of the MTP layers, size of files.
         tokenizer_dir: holds tokenizer.json and tokenizer_config.json.
-        max_shard_bytes: a shard is closed before it would exceed this.
+        ranks: who writes.
 
     Raises:
-        HfError: with nothing left behind and `output` as it was.
+        UserError: with nothing left behind and `output` as it was.
     """
-    output = Path(output)
-    config = hf_config_dict(model, precision=precision)
-    with new_folder(output) as partial:
-        _check_tokenizer(Path(tokenizer_dir), model)
-        _write_shards(partial, make_table(model), tensors, DTYPES[precision], max_shard_bytes)
-        write_json(partial / "config.json", config)
-        write_json(partial / "generation_config.json", generation_config_dict(model))
-        _copy_files(partial, Path(tokenizer_dir), model)
+    if form.mtp is MtpExport.none:
+        model = dataclasses.replace(model, mtp_num_layers=0)
+    configs = _configs(model, form)
+    _check_tokenizer(Path(tokenizer_dir), model)
+    plans = _plans(model, form)
+
+    def fill(partial: Path) -> None:
+        for name, shards in plans.items():
+            folder = partial / name
+            folder.mkdir(exist_ok=True)
+            _write_shards(folder, shards, read, ranks)
+
+    def finish(partial: Path) -> None:
+        for name, shards in plans.items():
+            _write_index(partial / name, shards)
+            _write_texts(partial / name, model, configs[name], Path(tokenizer_dir))
         _verify(partial, model)
+
+    parts = [part for shards in plans.values() for shard in shards.values() for part in shard]
+    needed_bytes = sum(part.described.num_bytes for part in parts)
+    write_folder(Path(output), fill, finish, ranks=ranks, needed_bytes=needed_bytes)
+
+
+def _configs(model: ModelConfig, form: HfFormat) -> dict[str, dict[str, Any]]:
+    """Return `config.json` of each folder, as `_plans` names them."""
+    whole = hf_config_dict(model, weights=form.weights)
+    trunk = hf_config_dict(dataclasses.replace(model, mtp_num_layers=0), weights=form.weights)
+    if _has_separate_mtp(model, form):
+        return {"": trunk, MTP_FOLDER: mtp_config(whole)}
+    return {"": whole}
+
+
+def _has_separate_mtp(model: ModelConfig, form: HfFormat) -> bool:
+    return form.mtp is MtpExport.separate and model.mtp_num_layers > 0
+
+
+def _plans(model: ModelConfig, form: HfFormat) -> dict[str, dict[str, list[Part]]]:
+    """Return the files of the folder, and of the folder of MTP layers where there is one."""
+    table = make_table(model)
+    tables: dict[str, dict[str, Entry]] = {"": table}
+    if _has_separate_mtp(model, form):
+        tables = {"": trunk_table(table), MTP_FOLDER: mtp_table(table, model.num_layers)}
+    return {
+        name: make_shards(folder_parts(part, form.weights), form.max_shard_bytes)
+        for name, part in tables.items()
+    }
 
 
 def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
@@ -96,71 +148,35 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
 
 
 def _write_shards(
-    folder: Path,
-    table: dict[str, Entry],
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    max_shard_bytes: int,
+    folder: Path, shards: dict[str, list[Part]], read: Callable[[str], Tensor], ranks: Ranks
 ) -> None:
-    """Write safetensors files of bounded size and their index."""
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for part in _parts(_hf_tensors(table, tensors, dtype), max_shard_bytes):
-        shards.append(list(part))
-        total_bytes += sum(map(_num_bytes, part.values()))
-        write_tensors(folder / f"{len(shards)}.part", part)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.part").rename(folder / shard)
-        weight_map.update(dict.fromkeys(names, shard))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    """Write this rank's share of the files."""
+    for number, (name, parts) in enumerate(shards.items()):
+        if number % ranks.world_size == ranks.rank:
+            described = [part.described for part in parts]
+            chunks = safetensors_chunks(described, PartReader(parts, read), {"format": "pt"})
+            write_synced(folder / name, chunks)
+
+
+def _write_index(folder: Path, shards: dict[str, list[Part]]) -> None:
+    """Write which file holds which tensor, unless there is one file."""
+    if len(shards) == 1:
+        return
+    placed = [(name, part.described) for name, parts in shards.items() for part in parts]
+    index = {
+        "metadata": {"total_size": sum(described.num_bytes for _, described in placed)},
+        "weight_map": {described.name: name for name, described in placed},
+    }
     write_json(folder / INDEX_NAME, index)
 
 
-def _hf_tensors(
-    table: dict[str, Entry], tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the folder; raise unless each entry of the table comes exactly once."""
-    waiting = dict(table)
-    for name, tensor in tensors:
-        entry = waiting.pop(name, None)
-        if entry is None:
-            problem = "comes twice" if name in table else "is not in the table of its config"
-            raise HfError(f"tensor {name} {problem}; the checkpoint is of another model")
-        if tuple(tensor.shape) != entry.shape:
-            raise HfError(
-                f"tensor {name} has shape {list(tensor.shape)}, the config says "
-                f"{list(entry.shape)}; the checkpoint is of another model"
-            )
-        stored_dtype = torch.float32 if entry.fp32 else dtype
-        for hf_name, part in entry.to_hf(tensor.detach()).items():
-            # A copy: safetensors refuses views that share storage.
-            yield hf_name, part.to("cpu", stored_dtype, copy=True).contiguous()
-    if waiting:
-        raise HfError(
-            f"{len(waiting)} tensors never came, first {next(iter(waiting))}; "
-            "the checkpoint is of another model"
-        )
-
-
-def _parts(
-    named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    """Yield consecutive tensors in groups of at most `max_bytes`, or one larger tensor alone."""
-    part: dict[str, Tensor] = {}
-    used_bytes = 0
-    for name, tensor in named_tensors:
-        if part and used_bytes + _num_bytes(tensor) > max_bytes:
-            yield part
-            part, used_bytes = {}, 0
-        part[name] = tensor
-        used_bytes += _num_bytes(tensor)
-    yield part
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _write_texts(
+    folder: Path, model: ModelConfig, config: dict[str, Any], tokenizer_dir: Path
+) -> None:
+    """Write everything but weights."""
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config_dict(model))
+    _copy_files(folder, tokenizer_dir, model)
 
 
 def _copy_files(folder: Path, tokenizer_dir: Path, model: ModelConfig) -> None:

@@ -1,8 +1,9 @@
 """Turn a checkpoint into a Hugging Face folder: `python -m ring_train.jobs.export`.
 
-`checkpoint=DIR output=DIR [precision=bf16|fp32] [adapter=merged|separate]`. DIR is
-RUN_DIR/checkpoints/step_00000100 or a run folder, which stands for its newest complete checkpoint.
-One process, whatever layout saved it.
+`checkpoint=DIR output=DIR [precision=bf16|fp32|fp8] [mtp=layer|separate|none]
+[adapter=merged|separate]`. DIR is RUN_DIR/checkpoints/step_00000100 or a run folder, which stands
+for its newest complete checkpoint. One process or several under torchrun, whatever layout saved it;
+tensors are streamed, so that memory does not depend on the size of the model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ring_train.config import (
     ModelConfig,
     ParallelConfig,
     Precision,
+    WeightFormat,
     compose,
     read_yaml,
 )
@@ -29,7 +31,9 @@ from ring_train.plan import Plan, make_plan, model_at
 from ring_train.runtime.errors import run_job
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ring_train.checkpoint.manifest import Manifest
+    from ring_train.checkpoint.weights import CheckpointWeights
+    from ring_train.runtime.ranks import Ranks
 
 
 def main(overrides: list[str]) -> None:
@@ -44,7 +48,7 @@ def main(overrides: list[str]) -> None:
 
 
 def export_plan(folder: Path, config: ExportConfig) -> Plan:
-    """Return the plan that holds the model of a checkpoint whole, in fp32, on one rank.
+    """Return the plan that a checkpoint's model has on one rank.
 
     Raises:
         UserError: the checkpoint's config names no tokenizer, or contradicts `decay_layer_rule`.
@@ -90,6 +94,11 @@ def check_adapter_keys(plan: Plan, folder: Path, config: ExportConfig) -> None:
             "(lora.rank=null); leave adapter out"
         )
     separate = config.adapter is AdapterExport.separate
+    if separate and config.precision is WeightFormat.fp8:
+        raise UserError(
+            "precision=fp8 is for whole models, but adapter=separate writes adapters alone; "
+            "choose precision=bf16 or adapter=merged"
+        )
     if config.base_model is not None and not separate:
         raise UserError(
             f"base_model={config.base_model} is written into separate adapters only; "
@@ -105,62 +114,73 @@ def check_adapter_keys(plan: Plan, folder: Path, config: ExportConfig) -> None:
 
 
 def export(plan: Plan, folder: Path, config: ExportConfig) -> None:
-    """Load the checkpoint and write the folder, which appears whole or not at all."""
-    import ring_train.platform  # noqa: F401  (before the first import of megatron.core)
-    from ring_train.checkpoint.checkpointer import load_weights
-    from ring_train.model.build import build_model
-    from ring_train.model.tensors import local_tensors
-    from ring_train.runtime.distributed import start_runtime
+    """Write the folder of a checkpoint, which appears whole or not at all.
+
+    Collective over torchrun's ranks, which share hashing, reading and writing.
+    """
+    from ring_train.checkpoint.reading import check_hashes
+    from ring_train.checkpoint.weights import open_weights
+    from ring_train.runtime.ranks import start_ranks
 
     check_adapter_keys(plan, folder, config)
-    with start_runtime(plan) as groups:
-        model = build_model(plan, groups.collection)
-        load_weights(folder, model, plan, groups.collection)
-        tensors = [(item.name, item.tensor) for item in local_tensors(model)]
+    with start_ranks() as ranks:
+
+        def check_share(path: Path, manifest: Manifest) -> None:
+            check_hashes(path, manifest, ranks.rank, ranks.world_size)
+
+        weights = ranks.agree(lambda: open_weights(folder, check=check_share))
         if config.adapter is AdapterExport.separate:
-            write_separate(plan, folder, config, tensors)
+            ranks.from_first(lambda: write_separate(plan, weights, config))
         else:
-            write_merged(plan, config, tensors)
-    sys.stdout.write(f"exported {folder} to {config.output}\n")
+            write_merged(plan, weights, config, ranks)
+        if ranks.rank == 0:
+            sys.stdout.write(f"exported {folder} to {config.output}\n")
 
 
-def write_merged(plan: Plan, config: ExportConfig, tensors: list[tuple[str, Tensor]]) -> None:
+def write_merged(
+    plan: Plan, weights: CheckpointWeights, config: ExportConfig, ranks: Ranks
+) -> None:
     """Write the weights, adapters added to them if there are any."""
-    from ring_train.hf.adapters import merged_weights, split_adapters
-    from ring_train.hf.writer import write_hf_folder
+    from ring_train.hf.adapters import adapted_names, read_merged
+    from ring_train.hf.table import check_names
+    from ring_train.hf.writer import HfFormat, write_hf_folder
 
-    weights, adapters = split_adapters(tensors)
+    names, adapted = adapted_names(weights.names)
+    check_names(plan.config.model, names)
     scale = 0.0 if plan.lora is None else plan.lora.scale
     write_hf_folder(
         config.output,
         plan.config.model,
-        merged_weights(weights, adapters, scale),
-        precision=config.precision,
+        lambda name: read_merged(name, weights.read, adapted, scale),
+        form=HfFormat(
+            weights=config.precision, mtp=config.mtp, max_shard_bytes=config.max_shard_bytes
+        ),
         tokenizer_dir=plan.config.data.tokenizer,
+        ranks=ranks,
     )
 
 
-def write_separate(
-    plan: Plan, folder: Path, config: ExportConfig, tensors: list[tuple[str, Tensor]]
-) -> None:
+def write_separate(plan: Plan, weights: CheckpointWeights, config: ExportConfig) -> None:
     """Write the adapters alone, after a look at the weights that they belong to."""
-    from ring_train.hf.adapters import split_adapters
+    from ring_train.hf.adapters import adapted_names, read_adapter
     from ring_train.hf.config import read_model_config
+    from ring_train.hf.parts import DTYPES
     from ring_train.hf.peft import check_base_weights, write_peft_folder
     from ring_train.jobs.initial_weights import check_same_folder_model
 
-    saved: Config = read_yaml(folder / "config.yaml")
-    weights, adapters = split_adapters(tensors)
+    saved: Config = read_yaml(weights.folder / "config.yaml")
+    names, adapted = adapted_names(weights.names)
     base = str(config.base_model or saved.init_from)
     model = read_model_config(base, saved.decay_layer_rule)
     check_same_folder_model(Path(base), model, saved.model, key="base_model")
     check_same_positions(Path(base), model, plan.config.model)
-    check_base_weights(Path(base), model, weights, saved.train.precision)
+    dtype = DTYPES[WeightFormat(saved.train.precision.value)]
+    check_base_weights(Path(base), model, names, weights.read, dtype)
     write_peft_folder(
         config.output,
         saved.model,
         saved.lora,
-        adapters,
+        {name: read_adapter(name, weights.read) for name in adapted},
         precision=config.precision,
         base_model=base,
     )

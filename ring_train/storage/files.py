@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,27 @@ class FileRecord:
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a file that is on the disk when this returns; return size and hash."""
-    digest, num_bytes = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes | memoryview]:
         for chunk in chunks:
-            file.write(chunk)
             digest.update(chunk)
-            num_bytes += len(chunk)
-        file.flush()
+            yield chunk
+
+    return FileRecord(write_synced(path, hashed()), digest.hexdigest())
+
+
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    """Write a file that is on the disk when this returns; return its size."""
+    num_bytes = 0
+    with path.open("wb", buffering=0) as file:
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            num_bytes += len(rest)
+            while rest:
+                rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
-    return FileRecord(num_bytes, digest.hexdigest())
+    return num_bytes
 
 
 def sync_folder(folder: Path) -> None:

@@ -166,14 +166,17 @@ def safetensors_chunks(
 ) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a file; each tensor is asked for when its turn comes.
 
-    Tensors of larger elements come first, so that each is aligned to its elements.
+    The order is the given one where that leaves each tensor aligned to its elements; otherwise
+    those of larger elements come first.
 
     Args:
         described: what the file shall hold.
         read: returns a contiguous CPU tensor as described.
         metadata: of the file; may be empty.
     """
-    ordered = sorted(described, key=lambda item: -item.dtype.itemsize)
+    ordered = list(described)
+    if not _is_aligned(ordered):
+        ordered.sort(key=lambda item: -item.dtype.itemsize)
     yield from _header(ordered, metadata)
     for item in ordered:
         tensor = read(item.name)
@@ -182,6 +185,15 @@ def safetensors_chunks(
         for begin in range(0, len(raw), CHUNK_BYTES):
             yield raw[begin : begin + CHUNK_BYTES]
         del tensor, raw  # before the next is read
+
+
+def _is_aligned(items: Iterable[Described]) -> bool:
+    position = 0
+    for item in items:
+        if position % item.dtype.itemsize:
+            return False
+        position += item.num_bytes
+    return True
 
 
 def _header(ordered: Sequence[Described], metadata: dict[str, str]) -> Iterator[bytes]:

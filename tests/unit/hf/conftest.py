@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ring_train.config import DecayLayerRule, ModelConfig, Precision, compose
+from ring_train.config import DecayLayerRule, ModelConfig, WeightFormat, compose
 from ring_train.hf.config import read_model_config
 from ring_train.hf.reader import open_hf_folder
-from ring_train.hf.writer import write_hf_folder
+from ring_train.hf.writer import HfFormat, write_hf_folder
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 RULES = {"ling_v2": None, "ring_linear_v2": DecayLayerRule.shifted}
@@ -46,9 +46,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_hf_folder(
                 folders[name],
                 model,
-                ((logical, reader.read_logical(logical)) for logical in reader.table),
-                precision=Precision.fp32,
+                reader.read_logical,
+                form=HfFormat(weights=WeightFormat.fp32, max_shard_bytes=1_000_000),
                 tokenizer_dir=GOLDEN / name,
-                max_shard_bytes=1_000_000,
             )
     return folders

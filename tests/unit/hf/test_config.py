@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ring_train.config import Architecture, DecayLayerRule, ModelConfig, Precision, compose
+from ring_train.config import Architecture, DecayLayerRule, ModelConfig, WeightFormat, compose
 from ring_train.hf.config import generation_config_dict, hf_config_dict, read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.writer import expressible_fields
@@ -49,7 +49,7 @@ def edit(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize("preset", V2_PRESETS)
 def test_a_preset_survives_its_config_json(preset: str, tmp_path: Path) -> None:
     model: ModelConfig = compose("pretrain", [f"model={preset}"]).model
-    raw = hf_config_dict(model, precision=Precision.bf16)
+    raw = hf_config_dict(model, weights=WeightFormat.bf16)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     again = read_model_config(tmp_path)
     assert again.architecture == V2_PRESETS[preset]
@@ -66,7 +66,7 @@ def test_recipe_fields_alone_are_not_in_a_folder(tiny: ModelConfig) -> None:
 
 
 def test_config_json_has_every_key_of_the_specification(tiny: ModelConfig) -> None:
-    raw = hf_config_dict(tiny, precision=Precision.bf16)
+    raw = hf_config_dict(tiny, weights=WeightFormat.bf16)
     assert raw.keys() >= V2_KEYS | LINEAR_KEYS
     assert raw["architectures"] == ["BailingMoeLinearV2ForCausalLM"]
     assert raw["model_type"] == "bailing_moe_linear"
@@ -79,7 +79,7 @@ def test_config_json_has_every_key_of_the_specification(tiny: ModelConfig) -> No
 
 def test_a_softmax_model_is_called_bailing_moe_and_has_no_linear_keys() -> None:
     model = compose("pretrain", ["model=ling_mini_2_0"]).model
-    raw = hf_config_dict(model, precision=Precision.fp32)
+    raw = hf_config_dict(model, weights=WeightFormat.fp32)
     assert raw["model_type"] == "bailing_moe"
     assert raw["architectures"] == ["BailingMoeV2ForCausalLM"]
     assert raw["torch_dtype"] == "float32"
@@ -160,10 +160,10 @@ def test_yarn_is_read_and_written(golden_copy: GoldenCopy) -> None:
     model = read_model_config(folder)
     assert model.rotary_scaling_factor == 4
     assert model.original_max_position_embeddings == 64
-    written = hf_config_dict(model, precision=Precision.fp32)
+    written = hf_config_dict(model, weights=WeightFormat.fp32)
     assert (written["rope_scaling"], written["max_position_embeddings"]) == (scaling, 256)
     shorter = dataclasses.replace(model, max_position_embeddings=64)
-    assert hf_config_dict(shorter, precision=Precision.fp32)["max_position_embeddings"] == 256
+    assert hf_config_dict(shorter, weights=WeightFormat.fp32)["max_position_embeddings"] == 256
 
 
 def test_rotary_dim_stands_for_the_factor(golden_copy: GoldenCopy) -> None:
@@ -248,4 +248,4 @@ def test_a_model_outside_its_family_cannot_be_exported(
 ) -> None:
     model = dataclasses.replace(tiny, **changes)
     with pytest.raises(HfError, match=match):
-        hf_config_dict(model, precision=Precision.bf16)
+        hf_config_dict(model, weights=WeightFormat.bf16)

@@ -20,7 +20,7 @@ from ring_train.config import (
     ModelConfig,
     NewGates,
     NewRows,
-    Precision,
+    WeightFormat,
 )
 from ring_train.hf.config import read_model_config
 from ring_train.hf.conversion import convert_folder, make_conversion
@@ -161,7 +161,7 @@ def test_a_hybrid_gets_more_lightning_layers_under_its_own_rule(tmp_path: Path) 
 
 def test_written_precision_is_that_of_the_folder(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"layer_group_size": 2, "group_norm_size": 2}
-    half = convert(LING, tmp_path / "half", precision=Precision.bf16, **arguments)
+    half = convert(LING, tmp_path / "half", precision=WeightFormat.bf16, **arguments)
     again = weights(convert(half, tmp_path / "again", layer_group_size=4))
     biases = {name for name in again if name.endswith("expert_bias")}
     assert {again[name].dtype for name in biases} == {torch.float32}

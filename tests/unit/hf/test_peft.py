@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ring_train.config import LoraConfig, ModelConfig, Precision
-from ring_train.hf.adapters import Adapter, merged_weights, split_adapters
+from ring_train.config import LoraConfig, ModelConfig, WeightFormat
+from ring_train.hf.adapters import adapted_names, read_adapter, read_merged
 from ring_train.hf.errors import HfError
 from ring_train.hf.peft import target_pattern, write_peft_folder
 from ring_train.hf.table import make_table
@@ -37,16 +37,19 @@ def draw(model: ModelConfig, suffix: str) -> dict[str, torch.Tensor]:
 def test_adapters_of_a_folder_make_the_merged_weights(
     suffix: str, tiny: ModelConfig, tmp_path: Path
 ) -> None:
-    weights, adapters = split_adapters(draw(tiny, suffix).items())
-    assert weights.keys() == adapters.keys()
+    tensors = draw(tiny, suffix)
+    names, adapted = adapted_names(tensors)
+    assert names == adapted
+    adapters = {name: read_adapter(name, tensors.__getitem__) for name in adapted}
     lora = LoraConfig(rank=RANK, alpha=2 * RANK, targets=["unread"])
     write_peft_folder(
-        tmp_path / "out", tiny, lora, adapters, precision=Precision.fp32, base_model="base"
+        tmp_path / "out", tiny, lora, adapters, precision=WeightFormat.fp32, base_model="base"
     )
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     table = make_table(tiny)
-    for name, merged in merged_weights(weights, adapters, scale=2.0):
-        plain = table[name].to_hf(weights[name])
+    for name in names:
+        merged = read_merged(name, tensors.__getitem__, adapted, scale=2.0)
+        plain = table[name].to_hf(tensors[name])
         for hf_name, wanted in table[name].to_hf(merged).items():
             key = f"base_model.model.{hf_name.removesuffix('.weight')}."
             a, b = (stored.pop(f"{key}lora_{x}.weight") for x in "AB")
@@ -57,10 +60,11 @@ def test_adapters_of_a_folder_make_the_merged_weights(
 
 
 def test_weights_without_an_adapter_stay_as_they_are(tiny: ModelConfig) -> None:
-    weights = {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)}
-    adapters = {"a.weight": Adapter(torch.ones(1, 2), torch.ones(2, 1))}
-    merged = dict(merged_weights(weights, adapters, scale=0.5))
-    assert merged["b.weight"] is weights["b.weight"]
+    tensors = {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)}
+    tensors |= {"a.lora_a": torch.ones(1, 2), "a.lora_b": torch.ones(2, 1)}
+    names, adapted = adapted_names(tensors)
+    merged = {n: read_merged(n, tensors.__getitem__, adapted, scale=0.5) for n in names}
+    assert merged["b.weight"] is tensors["b.weight"]
     assert merged["a.weight"].equal(torch.full((2, 2), 1.5))
 
 
@@ -82,10 +86,12 @@ def test_the_pattern_names_layers_one_by_one_and_all_experts() -> None:
 
 def test_an_existing_folder_is_left_alone(tiny: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    _, adapters = split_adapters(draw(tiny, "linear_gate.weight").items())
+    tensors = draw(tiny, "linear_gate.weight")
+    _, adapted = adapted_names(tensors)
+    adapters = {name: read_adapter(name, tensors.__getitem__) for name in adapted}
     lora = LoraConfig(rank=RANK, targets=["unread"])
     with pytest.raises(HfError, match="is not empty"):
         write_peft_folder(
-            tmp_path, tiny, lora, adapters, precision=Precision.fp32, base_model="base"
+            tmp_path, tiny, lora, adapters, precision=WeightFormat.fp32, base_model="base"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

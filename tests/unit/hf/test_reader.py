@@ -60,14 +60,6 @@ def test_tensors_come_under_the_trainers_names() -> None:
     assert torch.equal(embedding, stored["model.word_embeddings.weight"])
 
 
-def test_only_the_wanted_shard_is_opened() -> None:
-    folder = GOLDEN / "ring_linear_v2"
-    model = read_model_config(folder, DecayLayerRule.shifted)
-    with open_hf_folder(folder, model) as reader:
-        reader.read_logical("embedding.word_embeddings.weight")
-        assert [path.name for path in reader._open] == [FIRST_SHARD]
-
-
 def test_expert_bias_comes_as_fp32_from_a_bf16_folder(golden_copy: GoldenCopy) -> None:
     folder = golden_copy("ling_v2")
 
