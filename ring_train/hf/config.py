@@ -20,7 +20,7 @@ from ring_train.config import (
 )
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, family_of, family_problems
-from ring_train.hf.fp8 import quantization_dict, quantization_problems
+from ring_train.hf.fp8 import dtype_keys, quantization_problems
 from ring_train.hf.mtp import MTP_FOLDER
 from ring_train.plan import context_tokens
 
@@ -341,7 +341,7 @@ def hf_config_dict(model: ModelConfig, *, weights: WeightFormat) -> dict[str, An
         "architectures": [family.architecture],
         "auto_map": family.auto_map,
         "model_type": family.model_type,
-        "torch_dtype": "float32" if weights is WeightFormat.fp32 else "bfloat16",
+        **dtype_keys(weights, model.num_layers, model.mtp_num_layers),
         **ONLY_VALUES,
         **V2_ONLY_VALUES,
         "num_hidden_layers": model.num_layers,
@@ -381,8 +381,6 @@ def hf_config_dict(model: ModelConfig, *, weights: WeightFormat) -> dict[str, An
         config["linear_silu"] = model.linear_silu
         config["linear_rope"] = True
         config["decay_layer_rule"] = model.decay_layer_rule.value
-    if weights is WeightFormat.fp8:
-        config["quantization_config"] = quantization_dict(model.num_layers, model.mtp_num_layers)
     return config
 
 

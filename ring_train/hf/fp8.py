@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ring_train.config import WeightFormat
+
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_NAME = "F8_E4M3"
 """Word of the safetensors format."""
@@ -77,6 +79,14 @@ def quantization_dict(num_layers: int, num_mtp: int) -> dict[str, Any]:
     """Return `quantization_config` of a folder; it names the linear modules that stay bf16."""
     eh_proj = [f"model.layers.{index}.eh_proj" for index in range(num_layers, num_layers + num_mtp)]
     return {**QUANTIZATION, "modules_to_not_convert": ["lm_head", *eh_proj]}
+
+
+def dtype_keys(weights: WeightFormat, num_layers: int, num_mtp: int) -> dict[str, Any]:
+    """Return the keys of config.json that say in which dtype weights are."""
+    if weights is WeightFormat.fp8:
+        quantization = quantization_dict(num_layers, num_mtp)
+        return {"torch_dtype": "bfloat16", "quantization_config": quantization}
+    return {"torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[weights.value]}
 
 
 def quantization_problems(raw: dict[str, Any]) -> list[str]:
