@@ -211,6 +211,11 @@ class Checkpointer:
         check_same_model(folder / CONFIG_FILE, self.plan.config.model)
         check_same_adapters(folder / CONFIG_FILE, self.plan.config.lora)
         check_same_precision(folder / CONFIG_FILE, self.plan.config.train)
+        if RNG_KEY not in manifest.tensors:
+            raise CheckpointError(
+                f"{folder} holds weights alone, as merged checkpoints do, and no run can go on "
+                f"from it; start one in a new run_dir with init_from={folder}"
+            )
         state, num_updates = read_state(folder, manifest)
         moments = new_moments(optimizer) if num_updates else {}
         rng = torch.get_rng_state()

@@ -23,6 +23,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "train_state.json"
+MERGED = "merged"
+"""Key of `saved_by` under which an average of checkpoints says what it was made from."""
 FILE_NAME = re.compile(r"rank_\d{5,9}\.safetensors|config\.yaml|train_state\.json")
 
 

@@ -57,6 +57,10 @@ class CheckpointWeights:
         """Return a whole tensor as the optimizer holds it: its fp32 copy where there is one."""
         return self._read(self._tensors.get(MASTER + name) or self._tensors[WEIGHT + name])
 
+    def master_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of what `read_master` returns."""
+        return DTYPES[(self._tensors.get(MASTER + name) or self._tensors[WEIGHT + name]).dtype]
+
     def _read(self, stored: StoredTensor) -> torch.Tensor:
         if len(stored.pieces) == 1:
             return self._piece(stored.pieces[0], stored)

@@ -8,20 +8,19 @@ not talk over process groups that the training step uses.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ring_train.checkpoint.boxes import tiling_problem
+from ring_train.checkpoint.assembly import assemble, part_name, record_path, write_record
 from ring_train.checkpoint.errors import CheckpointError
 from ring_train.checkpoint.folders import (
     is_whole,
@@ -32,17 +31,9 @@ from ring_train.checkpoint.folders import (
     set_aside,
     step_path,
 )
-from ring_train.checkpoint.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    Piece,
-    StoredTensor,
-    manifest_text,
-    parse_tensors,
-    tensors_record,
-)
+from ring_train.checkpoint.manifest import Piece, StoredTensor
 from ring_train.checkpoint.tensors import Held
-from ring_train.storage.files import FileRecord, sync_folder, write_durably
+from ring_train.storage.files import sync_folder
 from ring_train.storage.safetensors import DTYPE_NAMES, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -91,7 +82,7 @@ def snapshot(
             name = f"{item.key}#{number}"
             host = torch.empty(box.extent, dtype=view.dtype, device="cpu")
             values[name] = host.copy_(view)
-            pieces.append(Piece(f"rank_{rank:05d}.safetensors", name, box))
+            pieces.append(Piece(part_name(rank), name, box))
         dtype = DTYPE_NAMES[item.values.dtype]
         tensors[item.key] = StoredTensor(dtype, item.full_shape, tuple(pieces))
     return tensors, values
@@ -141,17 +132,9 @@ def write_rank(job: SaveJob) -> None:
     """Write a rank's tensors, and then what they are."""
     files = {}
     if job.values:
-        name = f"rank_{job.rank:05d}.safetensors"
-        files[name] = asdict(write_tensors(job.partial / name, job.values))
-    record = {"files": files, "tensors": tensors_record(job.tensors)}
-    path = _rank_file(job, job.rank)
-    unnamed = path.with_suffix(".tmp")
-    write_durably(unnamed, [json.dumps(record).encode()])
-    unnamed.rename(path)
-
-
-def _rank_file(job: SaveJob, rank: int) -> Path:
-    return job.partial / f"rank_{rank:05d}.json"
+        name = part_name(job.rank)
+        files[name] = write_tensors(job.partial / name, job.values)
+    write_record(job.partial, job.rank, files, job.tensors)
 
 
 def commit(job: SaveJob, abandoned: threading.Event) -> None:
@@ -162,27 +145,9 @@ def commit(job: SaveJob, abandoned: threading.Event) -> None:
     Raises:
         CheckpointError, OSError: the checkpoint is not there.
     """
-    records = _wait_for_ranks(job, abandoned)
-    if records is None:
+    if not _all_ranks_have_written(job, abandoned):
         return
-    files = {
-        name: write_durably(job.partial / name, [text.encode()])
-        for name, text in job.small_files.items()
-    }
-    tensors: dict[str, StoredTensor] = {}
-    for record in records:
-        files |= {name: FileRecord(**file) for name, file in record["files"].items()}
-        for key, part in parse_tensors(record["tensors"]).items():
-            before = tensors[key].pieces if key in tensors else ()
-            tensors[key] = StoredTensor(part.dtype, part.shape, before + part.pieces)
-    for key, tensor in tensors.items():
-        problem = tiling_problem(tensor.shape, (piece.box for piece in tensor.pieces))
-        assert problem is None, f"{key}: {problem}"
-    manifest = Manifest(job.step, job.saved_by, files, tensors)
-    for rank in range(job.world_size):
-        _rank_file(job, rank).unlink()
-    write_durably(job.partial / MANIFEST_FILE, [manifest_text(manifest).encode()])
-    sync_folder(job.partial)
+    assemble(job.partial, job.world_size, job.small_files, step=job.step, saved_by=job.saved_by)
     if is_whole(job.target):
         # `save` did not begin with one there: it is of another job on this run folder.
         logger.warning("%s was saved by another job meanwhile and is kept", job.target)
@@ -208,24 +173,23 @@ def _settle(job: SaveJob, damaged: Path | None) -> None:
         logger.warning("%s is saved, but not what is old removed (%s)", job.target, error)
 
 
-def _wait_for_ranks(job: SaveJob, abandoned: threading.Event) -> list[dict[str, Any]] | None:
-    """Return what the ranks have written, None if the save was abandoned.
+def _all_ranks_have_written(job: SaveJob, abandoned: threading.Event) -> bool:
+    """Wait for all ranks; return whether they have written before the save was abandoned.
 
     Raises:
         CheckpointError: somebody else has removed the folder.
     """
-    paths = [_rank_file(job, rank) for rank in range(job.world_size)]
-    for path in paths:
-        while not path.exists():
+    for rank in range(job.world_size):
+        while not record_path(job.partial, rank).exists():
             if abandoned.wait(POLL_S):
-                return None
+                return False
             if not job.partial.is_dir():
                 raise CheckpointError(
                     f"{job.partial} was removed while ranks were writing to it; the checkpoints "
                     f"before it are whole: run one job at a time with run_dir={job.folder.parent}, "
                     "remove nothing of a save under way, and resume"
                 )
-    return [json.loads(path.read_bytes()) for path in paths]
+    return True
 
 
 def prepare_folder(folder: Path, step: int, needed_bytes: int) -> str:

@@ -133,3 +133,16 @@ class NewRows(StrEnum):
     """The mean of the rows of the old ids."""
     normal = auto()
     """Drawn around that mean, with the variance that each channel has over the old ids."""
+
+
+class DecayCurve(StrEnum):
+    """The learning-rate decay that merging checkpoints stands for; x runs from 0 to 1."""
+
+    linear = auto()
+    """1 - x: checkpoints at equal distances count equally."""
+    cosine = auto()
+    """(1 + cos(pi x)) / 2."""
+    one_minus_sqrt = auto()
+    """1 - sqrt(x)."""
+    constant = auto()
+    """No decay: the last checkpoint alone, to compare with."""

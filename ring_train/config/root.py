@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ring_train.config.choices import (
     AdapterExport,
+    DecayCurve,
     DecayLayerRule,
     MtpExport,
     NewGates,
@@ -148,6 +149,25 @@ class EvaluateConfig:
     seed: int = 1234
     decay_layer_rule: DecayLayerRule | None = None
     """For a linear Hugging Face folder whose config does not say it."""
+
+
+@dataclass(kw_only=True)
+class MergeCheckpointsConfig:
+    """Checkpoints of one run, averaged in place of a learning-rate decay."""
+
+    run_dir: str
+    """Run folder whose checkpoints are merged."""
+    output: str
+    """Folder of the merged checkpoint."""
+    last: int | None = None
+    """The newest so many checkpoints; exactly one of last and steps is given."""
+    steps: list[int] | None = None
+    """The checkpoints after these steps."""
+    curve: DecayCurve = DecayCurve.linear
+    """The decay that the average stands for."""
+    validation: str | None = None
+    """JSON file that receives the held-out losses of the merged and of the last checkpoint; null =
+    not measured."""
 
 
 @dataclass(kw_only=True)

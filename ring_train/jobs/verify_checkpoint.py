@@ -18,7 +18,7 @@ def main(overrides: list[str]) -> None:
     config: VerifyCheckpointConfig = compose("verify_checkpoint", overrides)
 
     from ring_train.checkpoint import find_checkpoint
-    from ring_train.checkpoint.manifest import read_manifest
+    from ring_train.checkpoint.manifest import MERGED, read_manifest
     from ring_train.checkpoint.reading import tensor_digests
 
     folder = find_checkpoint(Path(config.folder), "folder")
@@ -27,10 +27,14 @@ def main(overrides: list[str]) -> None:
     lines = [f"{digest}  {key}\n" for key, digest in sorted(digests.items())]
     sys.stdout.writelines(lines)
     total = hashlib.sha256("".join(lines).encode()).hexdigest()
+    merged = manifest.saved_by.get(MERGED)
+    origin = f"saved by {manifest.saved_by['world_size']} ranks"
+    if merged:
+        origin = f"merged from steps {merged['steps']} by curve={merged['curve']}"
     num_bytes = sum(file.num_bytes for file in manifest.files.values())
     sys.stdout.write(
         f"{folder} is whole: step {manifest.step}, {len(digests)} tensors, {num_bytes} bytes in "
-        f"{len(manifest.files)} files, saved by {manifest.saved_by['world_size']} ranks\n"
+        f"{len(manifest.files)} files, {origin}\n"
         f"{total}  all\n"
     )
 

@@ -28,6 +28,7 @@ REQUIRED = {
     "convert": ["hf_dir=a", "output=b"],
     "evaluate": ["checkpoint=a"],
     "validate": ["weights=[a]"],
+    "merge_checkpoints": ["run_dir=a", "output=b"],
     "select_checkpoint": ["run=a"],
     "generate": ["hf_dir=a", "prompt=b"],
     "reproduce": ["run=a"],

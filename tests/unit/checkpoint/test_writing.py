@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ring_train.checkpoint import CheckpointError, writing
+from ring_train.checkpoint import CheckpointError, assembly, writing
 from ring_train.checkpoint.folders import step_path, whole_steps
 from ring_train.checkpoint.manifest import read_manifest
 from ring_train.checkpoint.reading import tensor_digests
@@ -239,7 +239,7 @@ def test_names_are_on_the_disk_before_they_are_relied_on(
 ) -> None:
     """Every file is synced before the folder that names it, and that before the rename counts."""
     calls: list[str] = []
-    sync_folder, write = writing.sync_folder, writing.write_durably
+    sync_folder, write = writing.sync_folder, assembly.write_durably
 
     def spy_sync(folder: Path) -> None:
         calls.append(f"sync {folder.name}")
@@ -249,8 +249,9 @@ def test_names_are_on_the_disk_before_they_are_relied_on(
         calls.append(path.name)
         return write(path, chunks)
 
-    monkeypatch.setattr(writing, "sync_folder", spy_sync)
-    monkeypatch.setattr(writing, "write_durably", spy_write)
+    for module in (writing, assembly):
+        monkeypatch.setattr(module, "sync_folder", spy_sync)
+    monkeypatch.setattr(assembly, "write_durably", spy_write)
     folder = tmp_path / "run" / "checkpoints"
     prepare_folder(folder, 1, 0)
     assert calls == ["sync run"]
