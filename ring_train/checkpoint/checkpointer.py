@@ -44,6 +44,7 @@ from ring_train.checkpoint.tensors import (
     Held,
     Moments,
     current_moments,
+    held_loads,
     held_state,
     held_weights,
     new_moments,
@@ -183,6 +184,7 @@ class Checkpointer:
         """Return what this rank holds of what a checkpoint holds."""
         return [
             *held_weights(model, self.groups),
+            *held_loads(model, self.groups),
             *held_state(model, optimizer, self.groups, current_moments(optimizer)),
             _held_rng(torch.get_rng_state()),
         ]
@@ -219,8 +221,10 @@ class Checkpointer:
         state, num_updates = read_state(folder, manifest)
         moments = new_moments(optimizer) if num_updates else {}
         rng = torch.get_rng_state()
+        loads = held_loads(model, self.groups)  # none, if the balance loss is new
         wanted = [
             *held_weights(model, self.groups),
+            *(load for load in loads if load.key in manifest.tensors),
             *held_state(model, optimizer, self.groups, moments),
             _held_rng(rng),
         ]

@@ -1,8 +1,9 @@
 """What this rank holds of the tensors of a checkpoint, by kind and logical name.
 
 Kinds: `weight` (parameters and expert biases), `master` (the fp32 copy of a weight that is not
-fp32), `exp_avg` and `exp_avg_sq`. This file alone knows how megatron's three optimizers keep them:
-with the distributed optimizer a rank has a flat range of its part of a parameter.
+fp32), `exp_avg` and `exp_avg_sq`, `load` (what the balance loss of the next step reads). This file
+alone knows how megatron's three optimizers keep them: with the distributed optimizer a rank has a
+flat range of its part of a parameter.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron.core.optimizer import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.checkpoint.boxes import Box, flat_boxes, placed
-from ring_train.model.tensors import LocalTensor, Shard, local_tensors
+from ring_train.model.tensors import LocalTensor, Shard, expert_loads, local_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENT_DTYPE = torch.float32
@@ -87,6 +88,16 @@ def held_weights(
     written = _written(items, groups)
     for item in items:
         yield _held("weight", item, item.tensor, 0, is_written=id(item) in written)
+
+
+def held_loads(
+    model: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
+) -> Iterator[Held]:
+    """Yield the expert loads that the next step's balance loss reads; none without that loss."""
+    items = list(expert_loads(model))
+    written = _written(items, groups)
+    for item in items:
+        yield _held("load", item, item.tensor, 0, is_written=id(item) in written)
 
 
 def held_state(

@@ -76,15 +76,33 @@ class LocalTensor:
 
 def local_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[LocalTensor]:
     """Yield every parameter and saved buffer of the given model chunks."""
+    for model in _models(chunks):
+        yield from _items(model, model.named_parameters())
+        yield from _items(model, _buffers(model, "expert_bias"))
+
+
+def expert_loads(chunks: Iterable[torch.nn.Module]) -> Iterator[LocalTensor]:
+    """Yield the expert loads of the step before, which the balance loss of the next one reads."""
+    for model in _models(chunks):
+        yield from _items(model, _buffers(model, "expert_load"))
+
+
+def _models(chunks: Iterable[torch.nn.Module]) -> Iterator[HybridLanguageModel]:
+    """Yield the models inside their wrappers."""
     for chunk in chunks:
-        model: HybridLanguageModel = get_attr_wrapped_model(
-            chunk, "pre_process", return_model_obj=True
-        )
-        parameters = dict(model.named_parameters())
-        buffers = {n: b for n, b in model.named_buffers() if n.endswith("expert_bias")}
-        for local_name, tensor in (parameters | buffers).items():
-            name = _logical_name(model, local_name)
-            yield LocalTensor(name, tensor, _shard(model, name, tensor), _is_copy(model, name))
+        yield get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
+
+
+def _buffers(model: HybridLanguageModel, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(kind))
+
+
+def _items(
+    model: HybridLanguageModel, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[LocalTensor]:
+    for local_name, tensor in tensors:
+        name = _logical_name(model, local_name)
+        yield LocalTensor(name, tensor, _shard(model, name, tensor), _is_copy(model, name))
 
 
 def _logical_name(model: HybridLanguageModel, name: str) -> str:

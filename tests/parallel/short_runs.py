@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ring_train.data.batch import Batch
     from ring_train.runtime.distributed import Groups
+    from ring_train.train.step import LossSums
 
     Tensors = Mapping[str, torch.Tensor]
 
@@ -38,6 +39,12 @@ SHORT_RUN = [
 """The seed gives a well-conditioned run: its routing margins stay above 4e-5, and no document
 begins with a token whose q k^T is tiny in both heads of a norm group, which the group norm of
 lightning attention would blow up, rounding errors included (with other seeds 1e-4 in a loss)."""
+FIRST_GENERATION = [
+    "model=tiny_v1",
+    "model.moe_z_loss_coeff=0.3",
+    "model.moe_aux_loss_coeff=3.0",
+]
+"""Softmax router, norm_head, both router losses large enough to see; after SHORT_RUN."""
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 EP2 = ["parallel.expert_model_parallel_size=2"]
@@ -61,7 +68,11 @@ def weights_by_name(model: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]
 
 
 def gradients_by_name(
-    overrides: Sequence[str], *, step: int = 0, pad_to_multiple: int = 1
+    overrides: Sequence[str],
+    *,
+    step: int = 0,
+    pad_to_multiple: int = 1,
+    after_step: int | None = None,
 ) -> dict[str, Any]:
     """Return losses, expert counts and {"gradients": {logical name: full tensor}} of one step.
 
@@ -71,6 +82,7 @@ def gradients_by_name(
         overrides: of the short run; no distributed optimizer, which leaves sums incomplete.
         step: which step's rows.
         pad_to_multiple: the rows are padded to a multiple of this many tokens.
+        after_step: a step that is run before and updates the routers alone.
     """
     import torch
 
@@ -88,14 +100,24 @@ def gradients_by_name(
         attach_schedule_callbacks(model, None, groups.collection)
         for router in routers(model):
             router.track_margin = True
-        for chunk in model:
-            chunk.zero_grad_buffer()
-        rows = make_micro_batches(plan, step, groups.dp_rank, pad_to_multiple=pad_to_multiple)
         depths = plan.layers.num_mtp
         factor = plan.config.model.mtp_loss_scaling_factor / max(depths, 1)
-        sums = forward_backward(
-            model, rows, groups.collection, num_domains=1, loss_weights=[1.0, *[factor] * depths]
-        )
+
+        def run(step: int) -> LossSums:
+            for chunk in model:
+                chunk.zero_grad_buffer()
+            return forward_backward(
+                model,
+                make_micro_batches(plan, step, groups.dp_rank, pad_to_multiple=pad_to_multiple),
+                groups.collection,
+                num_domains=1,
+                loss_weights=[1.0, *[factor] * depths],
+            )
+
+        if after_step is not None:
+            run(after_step)
+            _loads(plan, model, groups)
+        sums = run(step)
         gradients = {}
         for item in local_tensors(model):
             if isinstance(item.tensor, torch.nn.Parameter):
@@ -109,14 +131,17 @@ def gradients_by_name(
         }
 
 
-def _loads(plan: Plan, model: Any, groups: Groups) -> dict[int, tuple[list[int], float]]:
-    """Return {layer number: (tokens per expert, mean squared logsumexp)} of this stage."""
+def _loads(plan: Plan, model: Any, groups: Groups) -> dict[int, tuple[list[int], float, float]]:
+    """Return {layer number: (tokens per expert, z-loss, balance loss or 0)} of this stage."""
     from ring_train.model.router import finish_router_step
 
     loads = finish_router_step(
         model, groups.collection, plan.config.model.moe_router_bias_update_rate
     )
-    return {number: (load.counts.tolist(), float(load.z_loss)) for number, load in loads.items()}
+    return {
+        number: (load.counts.tolist(), float(load.z_loss), float(load.balance_loss or 0.0))
+        for number, load in loads.items()
+    }
 
 
 def relative_errors(tensors: Tensors, reference: Tensors) -> dict[str, float]:

@@ -11,6 +11,7 @@ from tests.conftest import OnRanks
 from tests.parallel.short_runs import (
     DISTRIBUTED_OPTIMIZER,
     EP2,
+    FIRST_GENERATION,
     TP2,
     SyntheticBatches,
     short_plan,
@@ -29,6 +30,7 @@ LAYOUTS = {
     "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "ep2_overlapped_bf16": (2, [*EP2, *DISTRIBUTED_OPTIMIZER, *BF16, *OVERLAP]),
     "bf16": (1, BF16),
+    "first_generation_tp2_sp": (2, [*TP2, *FIRST_GENERATION]),
 }
 EVERY_STEP = ["checkpoint.interval_steps=1", "checkpoint.keep=null"]
 

@@ -1,10 +1,11 @@
-"""The router as a module: its bias keeps fp32 through every cast, and moves the choice only."""
+"""The router as a module: what it counts, keeps in fp32 through casts, and adds to the loss."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
 from ring_train.config import compose
@@ -86,6 +87,59 @@ def test_without_gradients_nothing_is_counted(router: ExpertRouter) -> None:
         router(hidden(20))
     assert not router.tokens_per_expert.any()
     assert not router.z_loss
+
+
+@pytest.fixture
+def softmax_router() -> ExpertRouter:
+    """Return a softmax router of 8 experts, 3 per token, with a balance loss."""
+    words = ["model=tiny_v1", "train=cpu", "optim=short", "model.moe_aux_loss_coeff=0.5"]
+    plan = make_plan(compose("pretrain", words), 1)
+    groups: Any = SimpleNamespace(tp=None, cp=None, tp_cp=None, tp_dp_cp=None)
+    router = ExpertRouter(make_transformer_config(plan), groups, plan.config.model)
+    nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    router.weight.data = router.weight.double()
+    return router
+
+
+def balance_loss(router: ExpertRouter, x: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+    """Return 0.5 * sum_i load_i P_i by hand."""
+    return 0.5 * (load * (x.squeeze(1) @ router.weight.mT).softmax(-1).mean(0)).sum()
+
+
+def test_the_gradient_of_the_balance_loss_is_its_finite_difference(
+    softmax_router: ExpertRouter,
+) -> None:
+    router, x = softmax_router, hidden(20).double()
+    load = torch.linspace(0.0, 2.0, 8)
+    router.expert_load.copy_(load)
+    router.model.moe_z_loss_coeff = 0.0
+    begin_router_step([router], 20)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
+    probs, _ = router(x)
+    (grad,) = torch.autograd.grad(probs.sum() * 0, router.weight)
+    step = 1e-6 * torch.randn(8, 64, generator=torch.Generator().manual_seed(2)).double()
+    with torch.no_grad():
+        router.weight.add_(step)
+        above = balance_loss(router, x, load)
+        router.weight.sub_(2 * step)
+        below = balance_loss(router, x, load)
+    assert float((grad * step).sum()) == pytest.approx(float(above - below) / 2, rel=1e-5)
+
+
+def test_a_balanced_load_pushes_nowhere(softmax_router: ExpertRouter) -> None:
+    router = softmax_router
+    assert router.expert_load.tolist() == [1.0] * 8
+    router.model.moe_z_loss_coeff = 0.0
+    begin_router_step([router], 20)
+    probs, _ = router(hidden(20).double())
+    (grad,) = torch.autograd.grad(probs.sum() * 0, router.weight)
+    assert float(grad.abs().max()) < 1e-12
+
+
+def test_a_softmax_router_saves_no_bias(softmax_router: ExpertRouter) -> None:
+    assert softmax_router.state_dict().keys() == {"weight"}
+    assert softmax_router.expert_bias is None
+    assert nn.Sequential(softmax_router).bfloat16()[0].expert_load.dtype == torch.float32
 
 
 def test_the_margin_is_that_of_the_closest_token(router: ExpertRouter) -> None:
