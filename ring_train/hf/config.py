@@ -257,7 +257,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HfError(f"{path} does not exist; give a Hugging Face model folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise HfError(f"{path} is not readable JSON ({error}); copy the folder again") from error
     if not isinstance(value, dict):
         raise HfError(f"{path} holds a {type(value).__name__}, not an object; copy it again")
@@ -386,8 +386,5 @@ def hf_config_dict(model: ModelConfig, *, weights: WeightFormat) -> dict[str, An
 
 def generation_config_dict(model: ModelConfig) -> dict[str, Any]:
     """Return `generation_config.json` of an export."""
-    return {
-        "bos_token_id": model.bos_token_id,
-        "eos_token_id": [model.eos_token_id],
-        "pad_token_id": model.pad_token_id,
-    }
+    keys = {"eos_token_id": [model.eos_token_id], "pad_token_id": model.pad_token_id}
+    return keys if model.bos_token_id is None else {"bos_token_id": model.bos_token_id, **keys}

@@ -7,7 +7,7 @@ from ring_train.hf.errors import HfError
 from ring_train.hf.mtp import MTP_FOLDER, moved
 from ring_train.hf.parts import SINGLE_NAME
 from ring_train.storage.errors import StorageError
-from ring_train.storage.safetensors import Stored, read_header
+from ring_train.storage.safetensors import MALFORMED, Stored, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -71,7 +71,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     """Return tensor -> file name of an index, refusing names that leave the folder."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise HfError(f"{path} is not a safetensors index ({error!r}); copy it again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise HfError(f"{path}: weight_map is empty or not an object; copy the folder again")

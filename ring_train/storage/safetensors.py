@@ -39,6 +39,8 @@ MAX_HEADER_BYTES = 100_000_000
 HEADER_ALIGNMENT_BYTES = 8
 CHUNK_BYTES = 16 * 2**20
 METADATA = "__metadata__"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading JSON of another form raises; lists in lists by the thousand the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         named = [(name, _stored(path, name, entry, start)) for name, entry in header.items()]
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist; copy the folder again") from error
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, struct.error, *MALFORMED) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"{path} is not a safetensors file ({error}); copy it again") from error
