@@ -89,11 +89,7 @@ def test_a_softmax_model_is_called_bailing_moe_and_has_no_linear_keys() -> None:
 
 def test_generation_stops_at_the_end_of_text(tiny: ModelConfig) -> None:
     model = dataclasses.replace(tiny, bos_token_id=None, eos_token_id=3, pad_token_id=4)
-    assert generation_config_dict(model) == {
-        "bos_token_id": None,
-        "eos_token_id": [3],
-        "pad_token_id": 4,
-    }
+    assert generation_config_dict(model) == {"eos_token_id": [3], "pad_token_id": 4}
 
 
 def test_golden_folders_read_as_what_their_readme_says() -> None:
