@@ -27,6 +27,7 @@ from ring_train.hf.table import make_table
 from ring_train.hf.vocabulary import VocabularyChange, make_vocabulary_change, with_vocabulary
 from ring_train.hf.writer import HfFormat, write_hf_folder
 from ring_train.plan.layers import token_mixers
+from ring_train.runtime.ranks import ALONE, Ranks
 
 PRECISIONS = {"F32": WeightFormat.fp32, "BF16": WeightFormat.bf16}
 """By the words of the safetensors format."""
@@ -84,11 +85,11 @@ def make_conversion(config: ConvertConfig) -> Conversion:
     )
 
 
-def convert_folder(conversion: Conversion, config: ConvertConfig) -> None:
-    """Write the converted folder; it appears whole or not at all.
+def convert_folder(conversion: Conversion, config: ConvertConfig, ranks: Ranks = ALONE) -> None:
+    """Write the converted folder; it appears whole or not at all. Collective over the ranks.
 
     Raises:
-        HfError: see `open_hf_folder` and `write_hf_folder`.
+        UserError: see `open_hf_folder` and `write_hf_folder`.
     """
     with open_hf_folder(config.hf_dir, conversion.source) as reader:
         read = with_layer_pattern(
@@ -107,6 +108,7 @@ def convert_folder(conversion: Conversion, config: ConvertConfig) -> None:
             read,
             form=HfFormat(weights=conversion.precision),
             tokenizer_dir=conversion.tokenizer,
+            ranks=ranks,
         )
 
 

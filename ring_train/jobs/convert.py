@@ -2,7 +2,8 @@
 
 `layer_group_size=5 group_norm_size=4` makes a Ling 2.0 model a Ring-linear one, a smaller
 `layer_group_size` (1 = none) makes lightning layers softmax again; `vocab_size`, `vocab_multiple`
-and `tokenizer` change the vocabulary. See docs/conversions.md. One process, one tensor at a time.
+and `tokenizer` change the vocabulary. See docs/conversions.md. One tensor at a time; under torchrun
+the ranks share the files.
 """
 
 import sys
@@ -16,13 +17,16 @@ def main(overrides: list[str]) -> None:
     config: ConvertConfig = compose("convert", overrides)
 
     from ring_train.hf.conversion import convert_folder, make_conversion
+    from ring_train.runtime.ranks import start_ranks
 
-    conversion = make_conversion(config)
-    convert_folder(conversion, config)
-    sys.stdout.write(
-        f"converted {config.hf_dir} to {config.output}: {conversion.summary()}; "
-        f"weights in {conversion.precision}\n"
-    )
+    with start_ranks() as ranks:
+        conversion = ranks.agree(lambda: make_conversion(config))
+        convert_folder(conversion, config, ranks)
+        if ranks.rank == 0:
+            sys.stdout.write(
+                f"converted {config.hf_dir} to {config.output}: {conversion.summary()}; "
+                f"weights in {conversion.precision}\n"
+            )
 
 
 if __name__ == "__main__":

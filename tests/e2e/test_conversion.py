@@ -42,7 +42,7 @@ def test_a_converted_model_recovers_faster_than_one_from_scratch(
     succeed(on_ranks, 1, "export", words)
     pattern = ["layer_group_size=2", "group_norm_size=2"]
     words = [f"hf_dir={softmax}", f"output={hybrid}", *pattern]
-    outcome = succeed(on_ranks, 1, "convert", words)
+    outcome = succeed(on_ranks, 2, "convert", words)
     assert "layers 0 2 from gqa to lightning; weights in fp32" in outcome.stdout
     again = run_job(on_ranks, 1, "convert", words)
     assert (again.status, again.stdout) == (2, "")
