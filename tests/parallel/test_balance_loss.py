@@ -43,7 +43,7 @@ def gradients(overrides: list[str], pad_to_multiple: int) -> dict[str, Any]:
 
 
 def plain_reference() -> dict[str, Any]:
-    """Return gradients with and without the balance loss, and the loss by router.
+    """Return gradients with and without the balance loss, and both losses by router.
 
     B = sum_i L_i P_i: L_i is the count of expert i in the step before over the mean of all counts,
     P_i the mean softmax of expert i. z = mean(logsumexp^2).
@@ -51,7 +51,6 @@ def plain_reference() -> dict[str, Any]:
     import torch
 
     from ring_train.model.build import build_model
-    from ring_train.model.router import routers
     from ring_train.model.tensors import local_tensors
     from ring_train.runtime.distributed import start_runtime
     from tests.parallel.streams import make_micro_batches
@@ -61,52 +60,55 @@ def plain_reference() -> dict[str, Any]:
     model = short_plan(FIRST_GENERATION).config.model
     with start_runtime(plan) as groups:
         chunk: Any = build_model(plan, groups.collection)[0].module
-        seen: list[torch.Tensor] = []
-        for router in routers([chunk]):
-            gating = router.gating
-
-            def gate(input: torch.Tensor, gating: Any = gating) -> torch.Tensor:
-                logits = gating(input)
-                seen.append(logits.flatten(0, -2))
-                return logits
-
-            router.gating = gate
+        seen = watched_logits(chunk)
 
         def run(step: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
             seen.clear()
             (batch,) = make_micro_batches(plan, step, 0)
             (lm,) = chunk(batch)
-            counts = []
-            for logits in seen:
-                chosen = logits.topk(model.moe_router_topk, dim=-1).indices
-                counts.append(torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).double())
-            return lm[batch.loss_mask].mean(), [*seen], counts
+            chosen = [logits.topk(model.moe_router_topk, dim=-1).indices for logits in seen]
+            counts = [torch.bincount(x.flatten(), minlength=8).double() for x in chosen]
+            return lm[batch.loss_mask].mean(), [*seen], [c / c.mean() for c in counts]
 
         _, _, before = run(FIRST)
-        loss, seen_logits, counts = run(SECOND)
-        means = [logits.softmax(-1).mean(0) for logits in seen_logits]
-        balance = [(c / c.mean() * p).sum() for c, p in zip(before, means, strict=True)]
-        z_losses = [logits.logsumexp(-1).square().mean() for logits in seen_logits]
+        loss, all_logits, loads = run(SECOND)
+        means = [logits.softmax(-1).mean(0) for logits in all_logits]
+        balance = [(load * p).sum() for load, p in zip(before, means, strict=True)]
+        z_losses = [logits.logsumexp(-1).square().mean() for logits in all_logits]
         parameters = {item.name: item.tensor for item in local_tensors([chunk])}
-        inputs = list(parameters.values())
 
-        def differentiate(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(
-                value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+        def differentiate(value: torch.Tensor) -> list[torch.Tensor]:
+            inputs = list(parameters.values())
+            options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            return list(torch.autograd.grad(value, inputs, **options))
 
         of_z = differentiate(model.moe_z_loss_coeff * torch.stack(z_losses).sum())
         of_balance = differentiate(model.moe_aux_loss_coeff * torch.stack(balance).sum())
         # Last, because megatron's cross-entropy may be differentiated once.
-        without = [a + b for a, b in zip(of_z, torch.autograd.grad(loss, inputs), strict=True)]
+        without = [a + b for a, b in zip(of_z, differentiate(loss), strict=True)]
         sums = [a + b for a, b in zip(of_balance, without, strict=True)]
-        reported = [(c / c.mean() * p).sum() for c, p in zip(counts, means, strict=True)]
         return {
             "gradients": dict(zip(parameters, sums, strict=True)),
             "without_balance": dict(zip(parameters, without, strict=True)),
             "z_loss": [float(value) for value in z_losses],
-            "balance_loss": [float(value) for value in reported],
+            "balance_loss": [float((load * p).sum()) for load, p in zip(loads, means, strict=True)],
         }
+
+
+def watched_logits(chunk: Any) -> list[Any]:
+    """Return a list to which every router appends its logits [t, e] of each forward."""
+    from ring_train.model.router import routers
+
+    seen = []
+    for router in routers([chunk]):
+
+        def gate(input: Any, gating: Any = router.gating) -> Any:
+            logits = gating(input)
+            seen.append(logits.flatten(0, -2))
+            return logits
+
+        router.gating = gate
+    return seen
 
 
 @pytest.fixture(scope="module")
