@@ -88,7 +88,6 @@ def gradients_by_name(
 
     from ring_train.model.build import build_model
     from ring_train.model.router import routers
-    from ring_train.model.tensors import local_tensors
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import attach_schedule_callbacks
     from ring_train.train.step import forward_backward
@@ -118,17 +117,26 @@ def gradients_by_name(
             run(after_step)
             _loads(plan, model, groups)
         sums = run(step)
-        gradients = {}
-        for item in local_tensors(model):
-            if isinstance(item.tensor, torch.nn.Parameter):
-                parameter: Any = item.tensor
-                gradients[item.name] = item.shard.gather(parameter.main_grad).clone()
         return {
             "losses": [float(sums.lm_loss), *sums.mtp_means().tolist()],
             "margin": min((router.margin for router in routers(model)), default=torch.inf),
-            "gradients": gradients,
+            "gradients": _gradients(model),
             "loads": _loads(plan, model, groups),
         }
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Return {logical name: full gradient} of what this rank holds a part of. Collective."""
+    import torch
+
+    from ring_train.model.tensors import local_tensors
+
+    gradients = {}
+    for item in local_tensors(model):
+        if isinstance(item.tensor, torch.nn.Parameter):
+            parameter: Any = item.tensor
+            gradients[item.name] = item.shard.gather(parameter.main_grad).clone()
+    return gradients
 
 
 def _loads(plan: Plan, model: Any, groups: Groups) -> dict[int, tuple[list[int], float, float]]:
