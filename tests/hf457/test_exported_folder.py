@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.unit.hf.test_modeling")
+pytest.register_assert_rewrite("tests.unit.hf.test_modeling", "tests.unit.hf.test_modeling_options")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from tests.unit.hf.test_modeling import *  # noqa: E402, F403  (its tests run here again)
 from tests.unit.hf.test_modeling import GOLDEN, load, make_folder, target_logprobs  # noqa: E402
+from tests.unit.hf.test_modeling_options import *  # noqa: E402, F403
 
 TRAINER_ABSOLUTE = 1e-4
 

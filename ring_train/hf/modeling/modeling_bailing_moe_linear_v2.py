@@ -1,12 +1,16 @@
-"""The hybrid Ring-linear 2.0 family in plain torch, for transformers 4.56 to 5.x.
+"""The hybrid Ring-linear 2.0 family, for transformers 4.56 to 5.x.
 
 This file travels inside an exported folder. It adds lightning attention to its sibling
-`modeling_bailing_moe_v2.py`; every `layer_group_size`-th layer stays softmax attention.
+`modeling_bailing_moe_v2.py`; every `layer_group_size`-th layer stays softmax attention. Lightning
+attention is plain torch, or the Triton kernel of flash-linear-attention where that is installed, a
+GPU is there and the model is in bf16 or fp16.
 
 Shape letters as there; c is the tokens of a chunk.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +81,47 @@ def lightning_attention(
     return torch.cat(outputs, dim=2), state
 
 
+@functools.cache
+def fla_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return `chunk_simple_gla` of flash-linear-attention, None where it is not installed.
+
+    Call it with a GPU only: elsewhere the import takes a minute and nothing in it runs.
+    """
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return None
+    return chunk_simple_gla
+
+
+def lightning_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return the kernel for hidden states like x [b, s, h]; None: plain torch.
+
+    fla multiplies fp32 in TF32, so a model in fp32 goes without; so does a step of one token.
+    """
+    if not x.is_cuda or x.dtype.itemsize > 2 or x.shape[1] == 1:
+        return None
+    return fla_kernel()
+
+
+def lightning_attention_by(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    slopes: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return what `lightning_attention` returns, by a kernel in the manner of fla.
+
+    Source of its contract, [b, s, n, d] and the logarithm of the decay as `g_gamma`:
+    fla-org/flash-linear-attention @ 07784bc, fla/ops/simple_gla/chunk.py.
+    """
+    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
+    out, state = kernel(
+        q, k, v, g_gamma=-slopes, scale=None, initial_state=state, output_final_state=True
+    )
+    return out.transpose(1, 2), state
+
+
 class BailingMoeLinearV2GroupRMSNorm(BailingMoeV2RMSNorm):
     """RMSNorm over groups of neighbouring channels, one weight per channel."""
 
@@ -130,7 +175,11 @@ class BailingMoeLinearV2LinearAttention(nn.Module):
         if state is None:
             state = v.new_zeros(*v.shape[:2], self.head_dim, self.head_dim)
         slopes = torch.tensor(self.slopes, dtype=v.dtype, device=v.device)
-        out, state = lightning_attention((q, k, v), slopes, state)
+        kernel = lightning_kernel(x)
+        if kernel is None:
+            out, state = lightning_attention((q, k, v), slopes, state)
+        else:
+            out, state = lightning_attention_by(kernel, (q, k, v), slopes, state)
         if step.cache is not None:
             step.cache.tensors[key] = state
         out = self.g_norm(out.transpose(1, 2).flatten(2))

@@ -147,6 +147,14 @@ class BailingMoeV2Gate(nn.Linear):
         self.num_kept_groups = config.topk_group
         self.scale = config.routed_scaling_factor
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Keep the bias as it is when the model is cast: rounded it would choose other experts."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts of each token [t, k] and their weights [t, k] fp32."""
         scores = F.linear(at_least_fp32(x), at_least_fp32(self.weight)).sigmoid()  # [t, e] fp32

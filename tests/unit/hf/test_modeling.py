@@ -307,6 +307,29 @@ def test_bf16_keeps_router_bias_and_logits_in_fp32(case: Case) -> None:
     assert model(case.prompts[0]).logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_the_router_bias_alone(case: Case, dtype: torch.dtype) -> None:
+    model = load(case.folder).to(dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    biases = dict(model.named_buffers())
+    assert biases
+    for name, bias in biases.items():
+        assert torch.equal(bias, case.model.get_buffer(name)), name
+
+
+def test_sampling_from_one_token_is_greedy_and_a_seed_repeats_itself(case: Case) -> None:
+    ids, mask = left_padded(case.prompts, pad=511)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    greedy = case.model.generate(**inputs, **GREEDY)
+    sampled = {**GREEDY, "do_sample": True}
+    assert case.model.generate(**inputs, **sampled, top_k=1).tolist() == greedy.tolist()
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        drawn.append(case.model.generate(**inputs, **sampled, top_k=0, top_p=0.9).tolist())
+    assert drawn[0] == drawn[1] != greedy.tolist()
+
+
 def test_a_saved_model_loads_again_and_says_the_same(case: Case, tmp_path: Path) -> None:
     case.model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")

@@ -1,0 +1,112 @@
+"""The modeling files with stretched positions, and with a kernel in place of plain torch.
+
+Also run on transformers 4.57 from tests/hf457, see test_modeling.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.hf.test_modeling import assert_same, edit_config, load, make_folder
+
+# cos and sin at 300 of frequencies that were rounded to fp32.
+YARN_ABSOLUTE = 5e-5
+# Sums of 70 products in double, in another order.
+KERNEL_ABSOLUTE = 1e-10
+# Products in TF32, of 10 bits.
+FLA_RELATIVE = 5e-3
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "ring", "ring_linear_v2", "zero_based")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("original", [64, 4096, 32768])
+def test_yarn_is_that_of_transformers(ring: Path, original: int) -> None:
+    """Up to rounding: transformers rounds the frequencies in another order."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    edit_config(ring, rope_scaling={**YARN, "original_max_position_embeddings": original})
+    model = load(ring)
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](model.config, "cpu")
+    positions = torch.arange(300)
+    cos, sin = model.model.rope_table(positions[None], torch.float64)
+    angles = positions[:, None].double() * torch.cat([frequencies, frequencies]).double()
+    wanted = {"cos": scale * angles.cos(), "sin": scale * angles.sin()}
+    for name, got in (("cos", cos), ("sin", sin)):
+        torch.testing.assert_close(got[0, 0], wanted[name], atol=YARN_ABSOLUTE, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["zero_based", "shifted"])
+def test_a_saved_config_keeps_decay_rule_and_yarn(ring: Path, tmp_path: Path, rule: str) -> None:
+    edit_config(ring, rope_scaling=YARN, decay_layer_rule=rule)
+    model = load(ring)
+    model.save_pretrained(tmp_path / "again")
+    raw = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert raw["rope_scaling"] == YARN
+    assert raw["decay_layer_rule"] == rule
+    again = load(tmp_path / "again")
+    assert again.config.yarn == YARN
+    layers = [m.slopes for m in model.modules() if hasattr(m, "slopes")]
+    assert [m.slopes for m in again.modules() if hasattr(m, "slopes")] == layers
+    ids = torch.arange(100)[None] * 5
+    assert_same(again(ids).logits, model(ids).logits)
+
+
+def fla_contract(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    g_gamma: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What flash-linear-attention documents of chunk_simple_gla, token by token."""
+    assert output_final_state
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        update = k[:, t, :, :, None] * v[:, t, :, None]
+        state = g_gamma.exp()[:, None, None] * state + update
+        outputs.append(torch.einsum("bnd,bnde->bne", q[:, t], state))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return scale * torch.stack(outputs, dim=1), state
+
+
+def test_a_kernel_gets_what_plain_torch_gets(ring: Path) -> None:
+    """The kernel itself needs a GPU; this holds the call to its contract."""
+    module = sys.modules[type(load(ring)).__module__]
+    generator = torch.Generator().manual_seed(1)
+    qkv = tuple(torch.randn(2, 4, 70, 8, generator=generator).double() for _ in range(3))
+    state = torch.randn(2, 4, 8, 8, generator=generator).double()
+    slopes = torch.tensor([0.5, 0.1, 0.02, 1.3], dtype=torch.float64)
+    wanted = module.lightning_attention(qkv, slopes, state)
+    got = module.lightning_attention_by(fla_contract, qkv, slopes, state)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=KERNEL_ABSOLUTE, rtol=0)
+    hidden = torch.zeros(1, 5, 8, dtype=torch.bfloat16)
+    assert module.lightning_kernel(hidden) is None  # not on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fla_gives_what_plain_torch_gives(ring: Path) -> None:
+    module = sys.modules[type(load(ring)).__module__]
+    if module.fla_kernel() is None:
+        pytest.skip("flash-linear-attention is not installed")
+    generator = torch.Generator().manual_seed(1)
+    qkv = tuple(torch.randn(2, 4, 200, 64, generator=generator).cuda() for _ in range(3))
+    state = torch.randn(2, 4, 64, 64, generator=generator).cuda()
+    slopes = torch.tensor([0.5, 0.1, 0.02, 1.3]).cuda()
+    wanted = module.lightning_attention(qkv, slopes, state)
+    got = module.lightning_attention_by(module.fla_kernel(), qkv, slopes, state)
+    for one, other in zip(got, wanted, strict=True):
+        assert ((one - other).norm() / other.norm()).item() < FLA_RELATIVE
