@@ -40,6 +40,7 @@ from ring_train.config.root import (
     SelectCheckpointConfig,
     ValidateConfig,
     VerifyCheckpointConfig,
+    VerifyExportConfig,
 )
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
@@ -85,6 +86,7 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "VerifyCheckpointConfig",
+    "VerifyExportConfig",
     "WeightFormat",
     "compose",
     "read_yaml",

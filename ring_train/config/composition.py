@@ -35,6 +35,7 @@ from ring_train.config.root import (
     SelectCheckpointConfig,
     ValidateConfig,
     VerifyCheckpointConfig,
+    VerifyExportConfig,
 )
 from ring_train.errors import UserError
 
@@ -59,6 +60,7 @@ ROOTS: dict[str, type] = {
     "generate": GenerateConfig,
     "reproduce": ReproduceConfig,
     "verify_checkpoint": VerifyCheckpointConfig,
+    "verify_export": VerifyExportConfig,
 }
 
 

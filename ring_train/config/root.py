@@ -253,3 +253,19 @@ class VerifyCheckpointConfig:
 
     folder: str
     """Checkpoint folder, or run folder for its latest one."""
+
+
+@dataclass(kw_only=True)
+class VerifyExportConfig:
+    """An exported folder, held against the model that was trained."""
+
+    hf_dir: str
+    """Hugging Face folder; receives certificate.json."""
+    checkpoint: str | None = None
+    """Checkpoint folder, or run folder for its latest one; null = the folder is its own source."""
+    mtp: MtpExport = MtpExport.layer
+    """Where the export was told to put the multi-token-prediction layers of the checkpoint."""
+    prompts: str | None = None
+    """JSON file {"prompts": [[ids]]}; null = the same texts for every folder."""
+    vllm: str | None = None
+    """Python of an environment with vLLM and our plugin; null = vLLM is not run."""

@@ -384,7 +384,8 @@ def hf_config_dict(model: ModelConfig, *, weights: WeightFormat) -> dict[str, An
     return config
 
 
-def generation_config_dict(model: ModelConfig) -> dict[str, Any]:
-    """Return `generation_config.json` of an export."""
-    keys = {"eos_token_id": [model.eos_token_id], "pad_token_id": model.pad_token_id}
+def generation_config_dict(model: ModelConfig, end_of_turn: int | None = None) -> dict[str, Any]:
+    """Return `generation_config.json`; end_of_turn: special token after an answer in chat."""
+    stops = {model.eos_token_id, model.eos_token_id if end_of_turn is None else end_of_turn}
+    keys = {"eos_token_id": sorted(stops), "pad_token_id": model.pad_token_id}
     return keys if model.bos_token_id is None else {"bos_token_id": model.bos_token_id, **keys}

@@ -24,6 +24,7 @@ from ring_train.hf.parts import Part, PartReader, folder_parts, make_shards
 from ring_train.hf.reader import open_hf_folder
 from ring_train.hf.shards import INDEX_NAME
 from ring_train.hf.table import Entry, make_table
+from ring_train.hf.training_turns import end_of_turn
 from ring_train.hf.transaction import write_folder
 from ring_train.plan import context_tokens
 from ring_train.runtime.ranks import ALONE, Ranks
@@ -88,7 +89,7 @@ def write_hf_folder(
     """
     if form.mtp is MtpExport.none:
         model = dataclasses.replace(model, mtp_num_layers=0)
-    configs = _configs(model, form)
+    configs = folder_configs(model, form)
     _check_tokenizer(Path(tokenizer_dir), model)
     plans = _plans(model, form)
 
@@ -109,7 +110,7 @@ def write_hf_folder(
     write_folder(Path(output), fill, finish, ranks=ranks, needed_bytes=needed_bytes)
 
 
-def _configs(model: ModelConfig, form: HfFormat) -> dict[str, dict[str, Any]]:
+def folder_configs(model: ModelConfig, form: HfFormat) -> dict[str, dict[str, Any]]:
     """Return `config.json` of each folder, as `_plans` names them."""
     whole = hf_config_dict(model, weights=form.weights)
     trunk = hf_config_dict(dataclasses.replace(model, mtp_num_layers=0), weights=form.weights)
@@ -175,8 +176,9 @@ def _write_texts(
 ) -> None:
     """Write everything but weights."""
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation_config_dict(model))
     _copy_files(folder, tokenizer_dir, model)
+    stop = end_of_turn(folder, model.eos_token_id)
+    write_json(folder / "generation_config.json", generation_config_dict(model, stop))
 
 
 def _copy_files(folder: Path, tokenizer_dir: Path, model: ModelConfig) -> None:

@@ -41,6 +41,7 @@ REQUIRED = {
     "explain": ["run=a", "sample=0"],
     "prove_mixture": ["run=a"],
     "verify_checkpoint": ["folder=a"],
+    "verify_export": ["hf_dir=a"],
 }
 
 

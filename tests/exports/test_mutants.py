@@ -1,0 +1,194 @@
+"""A certificate names every fault of tests/exports/mutants.py; all are put in, none is sampled.
+
+WRITE_PAGE=1 writes what was found into docs/export.md.
+"""
+
+import atexit
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODULES_CACHE = tempfile.mkdtemp(prefix="hf_modules_")
+atexit.register(shutil.rmtree, MODULES_CACHE, ignore_errors=True)
+os.environ.setdefault("HF_MODULES_CACHE", MODULES_CACHE)
+
+from ring_train.config import DecayLayerRule, ModelConfig, MtpExport, WeightFormat  # noqa: E402
+from ring_train.hf.certificate.consumers import ConsumerError, request_of  # noqa: E402
+from ring_train.hf.certificate.verify import VLLM_WAYS, Reference, Truth, verify  # noqa: E402
+from ring_train.hf.config import read_model_config  # noqa: E402
+from ring_train.hf.reader import open_hf_folder  # noqa: E402
+from ring_train.hf.writer import HfFormat, write_hf_folder  # noqa: E402
+from tests.conftest import OnRanks  # noqa: E402
+from tests.exports.mutants import MUTANTS  # noqa: E402
+from tests.exports.page import write_mutants  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+PAGE = ROOT / "docs" / "export.md"
+BASES = {"linear": "ring_linear_v2", "softmax": "ling_v2", "yarn": "ring_linear_v2"}
+YARN_CONTEXT_TOKENS = 64
+ONE_BY_ONE_TOKENS = 24
+"""Of the first row: seconds matter here."""
+
+
+@dataclasses.dataclass
+class Base:
+    """A right folder, and what it has to mean."""
+
+    folder: Path
+    model: ModelConfig
+    source: Path
+    """Golden folder with the weights."""
+    rows: list[list[int]]
+    truth: Truth | None = None
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with the control tokens of chat, no larger than the golden vocabulary."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lines = [json.dumps({"text": f"{n} + {n} = {2 * n} def f{n}(): return"}) for n in range(50)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    words = [f"input={folder}/text.jsonl", f"output={folder}/out", "vocab_size=275"]
+    line = [sys.executable, "-m", "data_pipeline.train_tokenizer", *words]
+    done = subprocess.run(line, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def bases(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    return {
+        name: make_base(name, tokenizer, tmp_path_factory.mktemp(name) / "export") for name in BASES
+    }
+
+
+def make_base(name: str, tokenizer: Path, folder: Path) -> Base:
+    """Write the right folder of a base."""
+    source = GOLDEN / BASES[name]
+    rule = DecayLayerRule.zero_based if "linear" in BASES[name] else None
+    eos = json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in eos}
+    model = dataclasses.replace(
+        read_model_config(source, rule),
+        eos_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        bos_token_id=ids["<|startoftext|>"],
+    )
+    prompts = json.loads((source / "expected.json").read_text())["prompts"]
+    rows = [prompts[0], prompts[1]]
+    if name == "yarn":
+        model.rotary_scaling_factor = 4.0
+        model.original_max_position_embeddings = YARN_CONTEXT_TOKENS
+        rows[1] = prompts[2][: YARN_CONTEXT_TOKENS + 36]
+    with open_hf_folder(source, read_model_config(source, rule)) as reader:
+        write_hf_folder(
+            folder,
+            model,
+            reader.read_logical,
+            form=HfFormat(weights=WeightFormat.fp32, max_shard_bytes=1_500_000),
+            tokenizer_dir=tokenizer,
+        )
+    return Base(folder=folder, model=model, source=source, rows=rows)
+
+
+def score(model: ModelConfig, source: Path, rows: list[list[int]]) -> Reference:
+    """Return what the trainer computes from the golden weights; runs on a rank."""
+    from ring_train.jobs.reference_scores import score_reference
+
+    with open_hf_folder(source, model) as reader:
+        return score_reference(model, reader.read_logical, rows)
+
+
+def truth_of(base: Base, tokenizer: Path, on_ranks: OnRanks) -> Truth:
+    """Return what a base has to mean; the trainer scores its rows once."""
+    from ring_train.hf.certificate.conversations import CONVERSATIONS
+    from ring_train.hf.training_turns import training_turns
+
+    if base.truth is None:
+        (reference,) = on_ranks(1, score, base.model, base.source, base.rows)
+        turns = training_turns(tokenizer, CONVERSATIONS, base.model.eos_token_id)
+        assert not isinstance(turns, str), turns
+
+        def read(name: str) -> Any:
+            with open_hf_folder(base.source, base.model) as reader:
+                return reader.read_logical(name)
+
+        base.truth = Truth(
+            source="golden",
+            model=base.model,
+            mtp=MtpExport.layer,
+            read=read,
+            reference=lambda folder, weights: reference,
+            turns=turns,
+            end_of_turn=turns[0].answer_ids[-1],
+            tokenizer=tokenizer,
+        )
+    return base.truth
+
+
+def run_here(folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return what the probe answers, in this process."""
+    from ring_train.hf.certificate.probe import probe
+
+    try:
+        request = {**request_of(rows), "one_by_one": ONE_BY_ONE_TOKENS}
+        return json.loads(json.dumps(probe(folder, request)))
+    except Exception as error:
+        raise ConsumerError(f"{type(error).__name__}: {error}") from error
+
+
+def failed(certificate: dict[str, Any]) -> list[str]:
+    checks = certificate["checks"]
+    return [name for name, check in checks.items() if check["status"] == "failed"]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_right_folder_passes(
+    name: str, bases: dict[str, Base], tokenizer: Path, on_ranks: OnRanks
+) -> None:
+    base = bases[name]
+    truth = truth_of(base, tokenizer, on_ranks)
+    certificate = verify(base.folder, truth, transformers=run_here)
+    assert certificate["passed"], certificate["report"]
+    not_run = {key for key, check in certificate["checks"].items() if check["status"] == "not run"}
+    assert not_run == VLLM_WAYS.keys()
+
+
+@pytest.fixture(scope="module")
+def found() -> Iterator[dict[str, list[str]]]:
+    """Checks that failed, by mutant."""
+    failures: dict[str, list[str]] = {}
+    yield failures
+    if os.environ.get("WRITE_PAGE") and failures.keys() == MUTANTS.keys():
+        write_mutants(PAGE, [(MUTANTS[name].fault, checks) for name, checks in failures.items()])
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_is_named(
+    name: str,
+    bases: dict[str, Base],
+    tokenizer: Path,
+    found: dict[str, list[str]],
+    on_ranks: OnRanks,
+    tmp_path: Path,
+) -> None:
+    mutant = MUTANTS[name]
+    base = bases[mutant.base]
+    folder = tmp_path / name
+    shutil.copytree(base.folder, folder)
+    mutant.change(folder)
+    truth = truth_of(base, tokenizer, on_ranks)
+    certificate = verify(folder, truth, transformers=run_here)
+    found[name] = failed(certificate)
+    assert not certificate["passed"]
+    assert mutant.noticed_by in found[name], certificate["report"]
