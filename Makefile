@@ -8,13 +8,15 @@ PYTEST := $(PYTHON) -m pytest
 HF457 := .venv-hf457/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_HF457 := .venv-hf457/.installed
+LM_EVAL := .venv-lm-eval/bin/lm_eval
+INSTALLED_LM_EVAL := .venv-lm-eval/.installed
 
 # One thread a rank, and nothing is downloaded while anything runs.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +61,14 @@ bench-data: $(INSTALLED)  ## data pipeline against other tools; MEGATRON_LM=DIR 
 
 test-hf457: $(INSTALLED_HF457)  ## exported folders in transformers 4.57, in an environment of its own
 	$(HF457) -m pytest -c tests/hf457/pytest.ini --rootdir . tests/hf457
+
+test-lm-eval: $(INSTALLED_LM_EVAL)  ## lm-evaluation-harness on an exported folder, in an environment of its own
+	LM_EVAL=$(LM_EVAL) $(PYTEST) tests/lm_eval
+
+$(INSTALLED_LM_EVAL): requirements/lm_eval.txt $(INSTALLED)
+	[ -x $(LM_EVAL) ] || $(UV) venv --quiet --python $(PYTHON) .venv-lm-eval
+	$(UV) pip sync --quiet --compile-bytecode --python .venv-lm-eval/bin/python requirements/lm_eval.txt
+	@touch $@
 
 $(INSTALLED_HF457): requirements/hf457.txt $(INSTALLED)
 	[ -x $(HF457) ] || $(UV) venv --quiet --python $(PYTHON) .venv-hf457
