@@ -6,17 +6,19 @@ PYTHON := .venv/bin/python
 UV := .venv/bin/uv
 PYTEST := $(PYTHON) -m pytest
 HF457 := .venv-hf457/bin/python
+SERVING := .venv-serving/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_HF457 := .venv-hf457/.installed
 LM_EVAL := .venv-lm-eval/bin/lm_eval
 INSTALLED_LM_EVAL := .venv-lm-eval/.installed
+INSTALLED_SERVING := .venv-serving/.installed
 
 # One thread a rank, and nothing is downloaded while anything runs.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval test-serving bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +75,17 @@ $(INSTALLED_LM_EVAL): requirements/lm_eval.txt $(INSTALLED)
 $(INSTALLED_HF457): requirements/hf457.txt $(INSTALLED)
 	[ -x $(HF457) ] || $(UV) venv --quiet --python $(PYTHON) .venv-hf457
 	$(UV) pip sync --quiet --compile-bytecode --python $(HF457) requirements/hf457.txt
+	@touch $@
+
+test-serving: $(INSTALLED_SERVING)  ## vLLM on the CPU serves exported folders, in an environment of its own (minutes)
+	$(SERVING) -m pytest -c tests/serving/pytest.ini --rootdir . tests/serving
+
+$(INSTALLED_SERVING): requirements/serving.txt tools/vllm_ring_linear/pyproject.toml $(INSTALLED)
+	[ -x $(SERVING) ] || $(UV) venv --quiet --no-project --no-python-downloads --python 3.11 .venv-serving
+	UV_FIND_LINKS="$${UV_FIND_LINKS-$${PIP_FIND_LINKS-}}" \
+	    $(UV) pip sync --quiet --compile-bytecode --python $(SERVING) requirements/serving.txt
+	$(UV) pip install --quiet --python $(SERVING) --no-deps --no-build-isolation \
+	    --editable tools/vllm_ring_linear
 	@touch $@
 
 lint: $(INSTALLED)  ## format, lint, types and import layers

@@ -57,12 +57,14 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "make test" in script.read_text()
 
 
-@pytest.mark.parametrize("target", ["install", "demo", "demo-sft", "test", "check", "test-hf457"])
+@pytest.mark.parametrize(
+    "target", ["install", "demo", "demo-sft", "test", "check", "test-hf457", "test-serving"]
+)
 def test_make_can_plan_each_target(target: str) -> None:
     command = ["make", "--dry-run", "--always-make", target]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    if target != "test-hf457":
+    if target not in ("test-hf457", "test-serving"):
         assert "uv pip sync" in done.stdout, "each target installs first what is missing"
 
 

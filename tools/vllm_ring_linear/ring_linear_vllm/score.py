@@ -20,10 +20,23 @@ def main(words: list[str]) -> int:
     try:
         prompts = read_prompts(args.prompts)
         if args.output.is_dir() or not args.output.parent.is_dir():
-            raise ValueError(f"--output {args.output} is no place for a file; name one in a folder")
-    except ValueError as error:
+            raise ValueError(f"--output {args.output}: name a file in a folder that exists")
+        logprobs = score(args, prompts)
+    except ValueError as error:  # pydantic's too
         print(error, file=sys.stderr)
         return 1
+    partial = args.output.with_name(args.output.name + ".partial")
+    partial.write_text(json.dumps({"logprobs": logprobs}))
+    os.replace(partial, args.output)
+    return 0
+
+
+def score(args: argparse.Namespace, prompts: list[list[int]]) -> list[list[float]]:
+    """Return the log-probabilities of the prompts.
+
+    Raises:
+        ValueError: the model or the settings cannot be served.
+    """
     set_environment(args.tensor_parallel_size)
     from ring_linear_vllm.engine import build_engine, decode_logprobs, prompt_logprobs
 
@@ -35,21 +48,20 @@ def main(words: list[str]) -> int:
         tensor_parallel_size=args.tensor_parallel_size,
         trust_remote_code=args.trust_remote_code,
     )
-    logprobs = (decode_logprobs if args.decode else prompt_logprobs)(engine, prompts)
-    partial = args.output.with_name(args.output.name + ".partial")
-    partial.write_text(json.dumps({"logprobs": logprobs}))
-    os.replace(partial, args.output)
-    return 0
+    return (decode_logprobs if args.decode else prompt_logprobs)(engine, prompts)
 
 
 def set_environment(tensor_parallel_size: int) -> None:
     """Ask vLLM for no reports of usage, no compilation, and one process where one is enough.
+
+    CPU threads are left to the system: by default vLLM wants a NUMA node for each rank.
 
     Has an effect only before vLLM is imported; what the environment says already is kept.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if tensor_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 

@@ -1,0 +1,62 @@
+"""Folders and engines that the tests of this folder share; run by `make test-serving`."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+
+from ring_linear_vllm.score import set_environment
+
+set_environment(tensor_parallel_size=1)
+
+from ring_linear_vllm.engine import build_engine  # noqa: E402
+from vllm import LLM  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from tests.serving.folders import longest_prompt, make_linear_folder, make_softmax_folder  # noqa: E402
+
+NUM_BLOCKS = 24
+"""Of the cache: so few that later requests get the blocks of earlier ones."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exported folders: the hybrid under both decay rules, and the softmax family."""
+    root = tmp_path_factory.mktemp("folders")
+    linear = {rule: make_linear_folder(root / rule, rule) for rule in ("zero_based", "shifted")}
+    return {**linear, "softmax": make_softmax_folder(root / "softmax")}
+
+
+@pytest.fixture(scope="module")
+def engine_of(folders: dict[str, Path]) -> Iterator[Callable[..., LLM]]:
+    """Give the engine of (folder, settings); one exists at a time, the last one is kept."""
+    kept: dict[Any, LLM] = {}
+
+    def get(name: str, **settings: Any) -> LLM:
+        key = (name, *sorted(settings.items()))
+        if key not in kept:
+            if kept:
+                stop(kept)
+            kept[key] = build_engine(
+                str(folders[name]),
+                max_tokens=longest_prompt() + 1,
+                trust_remote_code=name == "softmax",
+                num_gpu_blocks_override=NUM_BLOCKS,
+                **settings,
+            )
+        return kept[key]
+
+    yield get
+    stop(kept)
+
+
+def stop(kept: dict[Any, LLM]) -> None:
+    """End the engine and vLLM's process groups, so that another can start in this process."""
+    for engine in kept.values():
+        engine.llm_engine.engine_core.shutdown()
+    kept.clear()
+    cleanup_dist_env_and_memory()
