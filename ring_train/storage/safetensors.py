@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -166,27 +168,30 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 def safetensors_chunks(
     described: Iterable[Described], read: Callable[[str], torch.Tensor], metadata: dict[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a file; each tensor is asked for when its turn comes.
+    """Yield the bytes of a file; a thread asks for each tensor while the one before is taken.
 
     The order is the given one where that leaves each tensor aligned to its elements; otherwise
     those of larger elements come first.
 
     Args:
         described: what the file shall hold.
-        read: returns a contiguous CPU tensor as described.
+        read: returns a contiguous CPU tensor as described; called in the order of the file.
         metadata: of the file; may be empty.
     """
     ordered = list(described)
     if not _is_aligned(ordered):
         ordered.sort(key=lambda item: -item.dtype.itemsize)
     yield from _header(ordered, metadata)
-    for item in ordered:
-        tensor = read(item.name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, item.shape), item
-        raw = as_bytes(tensor)
-        for begin in range(0, len(raw), CHUNK_BYTES):
-            yield raw[begin : begin + CHUNK_BYTES]
-        del tensor, raw  # before the next is read
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = deque(pool.submit(read, item.name) for item in ordered[:1])
+        for number, item in enumerate(ordered, start=1):
+            tensor = ahead.popleft().result()
+            ahead.extend(pool.submit(read, later.name) for later in ordered[number : number + 1])
+            assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, item.shape), item
+            raw = as_bytes(tensor)
+            for begin in range(0, len(raw), CHUNK_BYTES):
+                yield raw[begin : begin + CHUNK_BYTES]
+            del tensor, raw  # before the next but one is read
 
 
 def _is_aligned(items: Iterable[Described]) -> bool:

@@ -88,15 +88,24 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
         assert got.view(torch.uint8).equal(tensor.view(torch.uint8)) if tensor.ndim else got == 3
 
 
-def test_a_tensor_is_asked_for_only_when_its_turn_comes() -> None:
+def test_at_most_one_tensor_is_read_ahead() -> None:
     asked: list[str] = []
-    described = [
-        Described(name=name, dtype=torch.float32, shape=(2**22 + 1,)) for name in ("a", "b")
-    ]
+    described = [Described(name=name, dtype=torch.float32, shape=(2**22 + 1,)) for name in "abcd"]
 
     def read(name: str) -> torch.Tensor:
         asked.append(name)
         return torch.zeros(2**22 + 1)
 
-    seen = [list(asked) for _ in safetensors_chunks(described, read, {})]
-    assert seen == [[], [], ["a"], ["a"], ["a", "b"], ["a", "b"]]
+    seen = [len(asked) for _ in safetensors_chunks(described, read, {})]
+    assert asked == [*"abcd"]
+    taken = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]  # two for the header, two chunks each
+    assert all(count <= number + 1 for count, number in zip(seen, taken, strict=True))
+
+
+def test_a_tensor_that_cannot_be_read_ends_the_file() -> None:
+    def read(name: str) -> torch.Tensor:
+        raise StorageError(f"{name} is gone")
+
+    described = [Described(name="a", dtype=torch.float32, shape=(1,))]
+    with pytest.raises(StorageError, match="a is gone"):
+        list(safetensors_chunks(described, read, {}))
