@@ -213,6 +213,8 @@ class GenerateConfig:
     """0 = greedy."""
     top_p: float = 1.0
     seed: int = 1234
+    trust_remote_code: bool = False
+    """Run Python files of the folder that are not ring_train's own."""
 
 
 @dataclass(kw_only=True)

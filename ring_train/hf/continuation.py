@@ -1,6 +1,6 @@
 """Text continued by an exported folder, through transformers and the folder's own modeling files.
 
-This runs the Python files of the folder: call it on folders you trust.
+This runs the Python files of the folder, unless told otherwise only those that are ours.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from ring_train.config import GenerateConfig
 from ring_train.hf.config import read_json
 from ring_train.hf.errors import HfError
-from ring_train.hf.family import family_of
+from ring_train.hf.remote_code import check_remote_code
 
 
 def continue_prompt(config: GenerateConfig) -> str:
@@ -31,7 +31,10 @@ def continue_prompt(config: GenerateConfig) -> str:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     has_cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype="auto" if has_cuda else torch.float32
+        folder,
+        trust_remote_code=True,
+        use_safetensors=True,
+        dtype="auto" if has_cuda else torch.float32,
     )
     model = model.to("cuda" if has_cuda else "cpu").eval()
     ids = tokenizer(config.prompt, return_tensors="pt").input_ids.to(model.device)
@@ -54,13 +57,8 @@ def continue_prompt(config: GenerateConfig) -> str:
 
 def _check(folder: Path, config: GenerateConfig) -> None:
     """Raise for what transformers would report less clearly."""
-    path = folder / "config.json"
-    raw = read_json(path)
-    family_of(path, raw)
-    if "auto_map" not in raw:
-        raise HfError(
-            f"{path} has no auto_map: the folder ships no modeling files; export it again"
-        )
+    raw = read_json(folder / "config.json")
+    check_remote_code(folder, raw, trusted=config.trust_remote_code)
     limits = {
         "max_new_tokens must be at least 1": config.max_new_tokens < 1,
         "temperature must not be negative": config.temperature < 0,

@@ -103,3 +103,59 @@ def test_a_tokenizers_own_chat_template_is_kept(exported: dict[str, Path], tmp_p
     (tmp_path / "out").mkdir()
     writer._copy_files(tmp_path / "out", own, read_model_config(exported["ling_v2"]))
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+RUN = "open({path!r}, 'w').close()\n"
+"""Python that leaves a trace."""
+
+
+def test_python_that_is_not_ours_runs_only_if_asked_for(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, trace = tmp_path / "folder", tmp_path / "trace"
+    shutil.copytree(exported["ling_v2"], folder)
+    path = folder / "configuration_bailing_moe_v2.py"
+    path.write_text(RUN.format(path=str(trace)) + path.read_text())
+    with pytest.raises(HfError, match=r"not ring_train's own: configuration_bailing_moe_v2\.py;"):
+        continued(folder)
+    assert not trace.exists()
+    continued(folder, trust_remote_code=True)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["other_file.BailingMoeV2Config", "other/repository--configuration.Config"]
+)
+def test_an_auto_map_to_elsewhere_is_refused(
+    exported: dict[str, Path], tmp_path: Path, place: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(exported["ling_v2"], folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["auto_map"]["AutoConfig"] = place
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(HfError, match=r"would run .* auto_map="):
+        continued(folder)
+
+
+def test_no_other_command_runs_or_unpickles_what_lies_in_a_folder(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """Config, tokenizer and weights are read past a hostile Python file and a hostile pickle."""
+    from ring_train.hf.config import read_model_config
+    from ring_train.hf.prompts import PromptTokenizer
+    from ring_train.hf.reader import open_hf_folder
+
+    folder, trace = tmp_path / "folder", tmp_path / "trace"
+    shutil.copytree(exported["ling_v2"], folder)
+    for path in folder.glob("*.py"):
+        path.write_text(RUN.format(path=str(trace)))
+    (folder / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {trace}'\ntR.".encode())
+    raw = json.loads((folder / "tokenizer_config.json").read_text())
+    raw["auto_map"] = {"AutoTokenizer": ["modeling_bailing_moe_v2.X", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(raw))
+    with open_hf_folder(folder, read_model_config(folder)) as reader:
+        for name in reader.table:
+            reader.read_logical(name)
+    assert PromptTokenizer(folder).text_prompt("ab").ids
+    assert not trace.exists()

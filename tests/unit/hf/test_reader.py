@@ -173,3 +173,18 @@ def test_an_unreadable_index_is_refused(golden_copy: GoldenCopy, text: str) -> N
     folder = golden_copy("ring_linear_v2")
     (folder / INDEX).write_text(text)
     refuse(folder, "copy")
+
+
+def test_a_tensor_with_nan_is_named_when_it_is_read(golden_copy: GoldenCopy) -> None:
+    folder = golden_copy("ling_v2")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.2.mlp.experts.1.up_proj.weight"][0, 0] = float("nan")
+
+    change_tensors(folder, spoil)
+    match = r"experts\.1\.up_proj\.weight of .*model\.safetensors holds 1 values that are NaN"
+    with (
+        open_hf_folder(folder, read_model_config(folder)) as reader,
+        pytest.raises(HfError, match=match),
+    ):
+        reader.read_logical("decoder.layers.2.mlp.experts.1.linear_fc1.weight")
