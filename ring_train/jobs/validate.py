@@ -64,6 +64,11 @@ def read_run(config: ValidateConfig, sources: list[InitialModel]) -> Config:
     if is_hf_folder(folder):
         raise UserError(f"run={folder} is a Hugging Face folder; name a run folder or a checkpoint")
     run: Config = read_yaml(folder / "config.yaml")
+    if not any(domain.valid_path for domain in run.data.domains.values()):
+        raise UserError(
+            f"run={folder}: no domain has a held-out shard (data.domains.NAME.valid_path); name a "
+            "run that has"
+        )
     index_dir = run.data.index_dir or str(Path(run.run_dir) / "index")
     return dataclasses.replace(run, data=dataclasses.replace(run.data, index_dir=index_dir))
 
