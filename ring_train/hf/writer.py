@@ -15,8 +15,13 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ring_train.config import Architecture, ModelConfig, MtpExport, WeightFormat
-from ring_train.hf.config import generation_config_dict, hf_config_dict, read_model_config
+from ring_train.config import ModelConfig, MtpExport, WeightFormat
+from ring_train.hf.config import (
+    expressible_fields,
+    generation_config_dict,
+    hf_config_dict,
+    read_model_config,
+)
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, MODELING_DIR
 from ring_train.hf.mtp import MTP_FOLDER, mtp_config, mtp_table, trunk_table
@@ -26,7 +31,6 @@ from ring_train.hf.shards import INDEX_NAME
 from ring_train.hf.table import Entry, make_table
 from ring_train.hf.training_turns import end_of_turn
 from ring_train.hf.transaction import write_folder
-from ring_train.plan import context_tokens
 from ring_train.runtime.ranks import ALONE, Ranks
 from ring_train.storage.files import write_synced
 from ring_train.storage.safetensors import safetensors_chunks
@@ -36,22 +40,6 @@ MAX_SHARD_BYTES = 4 * 2**30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OPTIONAL_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 CHAT_TEMPLATE = "chat_template.jinja"
-
-NOT_IN_FOLDER = frozenset(
-    {
-        "token_mixers",
-        "channel_mixers",
-        "moe_router_bias_update_rate",
-        "moe_router_bias_zero_mean",
-        "moe_z_loss_coeff",
-        "moe_aux_loss_coeff",
-        "megatron",
-    }
-)
-"""Fields of ModelConfig that a folder has no key for: derived, or of the training recipe."""
-
-LINEAR_FIELDS = frozenset({"group_norm_size", "decay_layer_rule", "linear_silu"})
-"""Fields that a folder of a softmax family has no key for, because nothing depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,26 +196,6 @@ def _verify(folder: Path, model: ModelConfig) -> None:
             )
     with open_hf_folder(folder, written):
         pass
-
-
-def expressible_fields(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields that the folder of a model must say.
-
-    One router group counts as none, and a context that is not stretched needs no original one.
-    """
-    is_linear = model.architecture == Architecture.bailing_moe_linear_v2
-    unsaid = NOT_IN_FOLDER | (frozenset() if is_linear else LINEAR_FIELDS)
-    fields = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in unsaid
-    }
-    if model.moe_router_num_groups == 1:
-        fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
-    if model.rotary_scaling_factor == 1:
-        fields["original_max_position_embeddings"] = None
-    fields["max_position_embeddings"] = context_tokens(model, model.rotary_scaling_factor)
-    return fields
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ POSITION_KEYS = ("rotary_base", "rotary_scaling_factor", "original_max_position_
 
 def check_same_positions(folder: Path, base: ModelConfig, trained: ModelConfig) -> None:
     """Raise a UserError if adapters were trained with another position embedding than the base."""
-    from ring_train.hf.writer import expressible_fields
+    from ring_train.hf.config import expressible_fields
 
     theirs, ours = expressible_fields(base), expressible_fields(trained)
     differing = [

@@ -14,10 +14,9 @@ from ring_train.checkpoint.manifest import CONFIG_FILE
 from ring_train.checkpoint.ranks import from_rank_0, on_all_ranks
 from ring_train.config import Config, ModelConfig, read_yaml
 from ring_train.data.errors import DataError
-from ring_train.hf.config import read_model_config
+from ring_train.hf.config import expressible_fields, read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.weights import load_hf_weights
-from ring_train.hf.writer import expressible_fields
 from ring_train.jobs.initial_model import find_weights, is_hf_folder
 from ring_train.plan import Plan
 

@@ -20,6 +20,7 @@ LOGPROB_TOLERANCE = 1e-4
 CASES = {
     "ling": ("ling_v2", None, "expected.json"),
     "ring_shifted": ("ring_linear_v2", "shifted", "expected_hf_rule.json"),
+    "ring_lite": ("ring_lite_v1", None, "expected.json"),
 }
 
 

@@ -173,15 +173,14 @@ class BailingMoeV2Gate(nn.Linear):
 class BailingMoeV2SparseMoeBlock(nn.Module):
     """Routed experts plus one shared expert; no token is dropped."""
 
-    def __init__(self, config: BailingMoeV2Config) -> None:
-        """Make the router, the experts and the shared expert."""
+    def __init__(self, config: BailingMoeV2Config, gate: nn.Module, shared_size: int) -> None:
+        """Make the experts and a shared one of the given width beside a router."""
         super().__init__()
-        self.gate = BailingMoeV2Gate(config)
+        self.gate = gate
         self.experts = nn.ModuleList(
             BailingMoeV2MLP(config.hidden_size, config.moe_intermediate_size)
             for _ in range(config.num_experts)
         )
-        shared_size = config.moe_shared_expert_intermediate_size
         self.shared_experts = BailingMoeV2MLP(config.hidden_size, shared_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,6 +193,12 @@ class BailingMoeV2SparseMoeBlock(nn.Module):
             out = self.experts[expert](tokens[token]).to(weights.dtype)
             routed = routed.index_add(0, token, out * weights[token, slot].unsqueeze(-1))
         return routed.to(x.dtype).view_as(x) + self.shared_experts(x)
+
+
+def sparse_mlp(config: BailingMoeV2Config) -> BailingMoeV2SparseMoeBlock:
+    """Return the mixture of experts of one layer."""
+    shared_size = config.moe_shared_expert_intermediate_size
+    return BailingMoeV2SparseMoeBlock(config, BailingMoeV2Gate(config), shared_size)
 
 
 class BailingMoeV2Attention(nn.Module):
@@ -232,16 +237,13 @@ class BailingMoeV2Attention(nn.Module):
 class BailingMoeV2DecoderLayer(nn.Module):
     """Pre-norm block: attention, then a dense or sparse MLP."""
 
-    def __init__(self, config: BailingMoeV2Config, layer_index: int, attention: nn.Module) -> None:
-        """Make the norms and the MLP around a given attention."""
+    def __init__(self, config: BailingMoeV2Config, attention: nn.Module, mlp: nn.Module) -> None:
+        """Make the norms around a given attention and MLP."""
         super().__init__()
         self.input_layernorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = attention
         self.post_attention_layernorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if layer_index < min(config.first_k_dense_replace, config.num_hidden_layers):
-            self.mlp = BailingMoeV2MLP(config.hidden_size, config.intermediate_size)
-        else:
-            self.mlp = BailingMoeV2SparseMoeBlock(config)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Return the residual stream [b, s, h] after this layer."""
@@ -254,7 +256,8 @@ class BailingMoeV2MTPLayer(BailingMoeV2DecoderLayer):
 
     def __init__(self, config: BailingMoeV2Config, layer_index: int) -> None:
         """Make a softmax + MoE layer with its input projection and norms."""
-        super().__init__(config, layer_index, BailingMoeV2Attention(config, layer_index))
+        attention = BailingMoeV2Attention(config, layer_index)
+        super().__init__(config, attention, sparse_mlp(config))
         self.enorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = BailingMoeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
@@ -286,7 +289,7 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
         super().__init__(config)
         num_layers = config.num_hidden_layers
         layers: list[BailingMoeV2DecoderLayer] = [
-            BailingMoeV2DecoderLayer(config, index, self.make_attention(index))
+            BailingMoeV2DecoderLayer(config, self.make_attention(index), self.make_mlp(index))
             for index in range(num_layers)
         ]
         for depth in range(config.num_nextn_predict_layers):
@@ -299,6 +302,18 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
     def make_attention(self, layer_index: int) -> nn.Module:
         """Return the token mixer of one trunk layer."""
         return BailingMoeV2Attention(self.config, layer_index)
+
+    def make_mlp(self, layer_index: int) -> nn.Module:
+        """Return the channel mixer of one trunk layer."""
+        config = self.config
+        if layer_index < config.first_k_dense_replace:
+            return BailingMoeV2MLP(config.hidden_size, config.intermediate_size)
+        return sparse_mlp(config)
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that rotate."""
+        return int(self.config.head_dim * self.config.partial_rotary_factor)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding (a name that transformers asks for)."""
@@ -350,7 +365,7 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
 
     def rope_table(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin [b, 1, s, rotary dims] of positions [b, s]."""
-        rotary = int(self.config.head_dim * self.config.partial_rotary_factor)
+        rotary = self.rotary_size
         exponent = torch.arange(0, rotary, 2, device=position_ids.device).to(dtype) / rotary
         frequency, scale = rope_frequencies(self.config, self.config.rope_theta**exponent)
         angle = position_ids[:, None, :, None].to(dtype) * frequency
@@ -413,6 +428,10 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         """Replace the head (a name that transformers asks for)."""
         self.lm_head = new_embeddings
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits [b, s, v] of normed hidden states [b, s, h]."""
+        return at_least_fp32(self.lm_head(hidden))
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Return False: `generate` leaves the cache to `forward`."""
@@ -453,7 +472,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
-        logits = at_least_fp32(self.lm_head(out.last_hidden_state[:, -logits_to_keep:]))
+        logits = self.project(out.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
@@ -474,7 +493,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         for layer in self.model.layers[self.config.num_hidden_layers :]:
             input_ids = F.pad(input_ids[:, 1:], (0, 1))
             hidden = layer.predict(self.model.word_embeddings(input_ids), hidden, step)
-            logits.append(at_least_fp32(self.lm_head(hidden)))
+            logits.append(self.project(hidden))
         return logits
 
     def prepare_inputs_for_generation(

@@ -12,7 +12,12 @@ from ring_train.hf.reader import open_hf_folder
 from ring_train.hf.writer import HfFormat, write_hf_folder
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-RULES = {"ling_v2": None, "ring_linear_v2": DecayLayerRule.shifted}
+RULES = {
+    "ling_v2": None,
+    "ring_linear_v2": DecayLayerRule.shifted,
+    "ring_lite_v1": None,
+}
+"""Golden folders, and the decay rule that they do not say."""
 
 
 @pytest.fixture

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 
 from ring_train.config import Architecture, DecayLayerRule, ModelConfig, WeightFormat, compose
-from ring_train.hf.config import generation_config_dict, hf_config_dict, read_model_config
+from ring_train.hf.config import (
+    expressible_fields,
+    generation_config_dict,
+    hf_config_dict,
+    read_model_config,
+)
 from ring_train.hf.errors import HfError
-from ring_train.hf.writer import expressible_fields
+from ring_train.hf.family import DERIVED_FIELDS, FAMILIES
 from tests.unit.hf.conftest import GOLDEN
 
 GoldenCopy = Callable[[str], Path]
@@ -28,7 +33,7 @@ V2_KEYS = {
     *("num_nextn_predict_layers", "mtp_loss_scaling_factor"),
 }
 LINEAR_KEYS = {"layer_group_size", "group_norm_size", "linear_silu", "decay_layer_rule"}
-V2_PRESETS = {
+PRESETS = {
     "ring_mini_linear_2_0": Architecture.bailing_moe_linear_v2,
     "ring_flash_linear_2_0": Architecture.bailing_moe_linear_v2,
     "ling_mini_2_0": Architecture.bailing_moe_v2,
@@ -36,6 +41,9 @@ V2_PRESETS = {
     "ling_1t": Architecture.bailing_moe_v2,
     "small": Architecture.bailing_moe_linear_v2,
     "tiny": Architecture.bailing_moe_linear_v2,
+    "ring_lite": Architecture.bailing_moe,
+    "ling_lite": Architecture.bailing_moe,
+    "tiny_v1": Architecture.bailing_moe,
 }
 
 
@@ -46,13 +54,13 @@ def edit(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
 
 
-@pytest.mark.parametrize("preset", V2_PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_survives_its_config_json(preset: str, tmp_path: Path) -> None:
     model: ModelConfig = compose("pretrain", [f"model={preset}"]).model
     raw = hf_config_dict(model, weights=WeightFormat.bf16)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     again = read_model_config(tmp_path)
-    assert again.architecture == V2_PRESETS[preset]
+    assert again.architecture == PRESETS[preset]
     assert expressible_fields(again) == expressible_fields(model)
 
 
@@ -104,6 +112,60 @@ def test_golden_folders_read_as_what_their_readme_says() -> None:
     assert (lite.moe_shared_expert_intermediate_size, lite.rotary_percent) == (64, 1.0)
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_table_of_a_family_is_total_and_injective(architecture: Architecture) -> None:
+    """Every field has one place, and so has every key."""
+    family = FAMILIES[architecture]
+    said = [name for row in family.keys for name in row.fields]
+    places = [*said, *family.fixed, *family.unsaid, *DERIVED_FIELDS, "architecture"]
+    assert sorted(places) == sorted(field.name for field in dataclasses.fields(ModelConfig))
+    keys = [name for row in family.keys for name in row.names]
+    keys += [*family.always, *family.never_else, *family.carried]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_key_of_a_family_is_written(architecture: Architecture) -> None:
+    """Absent are keys that may be, where they say what absence does."""
+    family = FAMILIES[architecture]
+    preset = {value: key for key, value in PRESETS.items()}[architecture]
+    model = compose("pretrain", [f"model={preset}"]).model
+    changed = dataclasses.replace(model, bos_token_id=7, kv_channels=2 * model.kv_channels)
+    raw = hf_config_dict(changed, weights=WeightFormat.bf16)
+    rows = {name for row in family.keys for name in row.names}
+    names = {"architectures", "auto_map", "model_type", "torch_dtype"}
+    assert raw.keys() == names | rows | family.always.keys() | family.carried.keys()
+    plain = hf_config_dict(dataclasses.replace(model, bos_token_id=None), weights=WeightFormat.bf16)
+    assert raw.keys() - plain.keys() <= {"bos_token_id", "head_dim"}
+
+
+def test_a_head_width_of_its_own_is_written_for_the_first_generation(tmp_path: Path) -> None:
+    model = compose("pretrain", ["model=tiny_v1"]).model
+    assert "head_dim" not in hf_config_dict(model, weights=WeightFormat.bf16)
+    wider = dataclasses.replace(model, kv_channels=32)
+    raw = hf_config_dict(wider, weights=WeightFormat.bf16)
+    assert raw["head_dim"] == 32
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_model_config(tmp_path).kv_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"moe_shared_expert_intermediate_size": 64}, "64 is not model.num_shared_experts=2 times"),
+        ({"qk_layernorm": True}, "qk_layernorm=True, but every"),
+        ({"rotary_percent": 0.5}, "rotary_percent=0.5, but every"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "scaling_factor=2.5, but every"),
+    ],
+)
+def test_the_first_generation_has_no_place_for_the_second(
+    changes: dict[str, Any], match: str
+) -> None:
+    model = compose("pretrain", ["model=tiny_v1"]).model
+    with pytest.raises(HfError, match=match):
+        hf_config_dict(dataclasses.replace(model, **changes), weights=WeightFormat.bf16)
+
+
 def test_the_family_is_told_by_architectures_alone(golden_copy: GoldenCopy) -> None:
     folder = golden_copy("ling_v2")
     edit(folder, model_type="bailing_moe_linear")
@@ -138,6 +200,9 @@ def test_all_missing_and_wrong_keys_are_named_at_once(golden_copy: GoldenCopy) -
         ("ling_v2", {"rope_scaling": {"type": "yarn"}}, "only null and rope_type=yarn with"),
         ("ling_v2", {"score_function": "softmax"}, "only score_function='sigmoid'"),
         ("ring_lite_v1", {"norm_softmax": True}, "only norm_softmax=False"),
+        ("ring_lite_v1", {"use_qk_norm": True}, "only use_qk_norm=False"),
+        ("ring_lite_v1", {"norm_head": 1}, "norm_head=1 is not true or false"),
+        ("ling_v2", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is negative or not finite"),
     ],
 )
 def test_what_the_trainer_does_not_implement_is_refused(
@@ -228,15 +293,15 @@ def test_a_folder_without_a_readable_config_is_refused(
     [
         ({"token_mixers": ["gqa"] * 4}, "token mixers do not follow"),
         ({"channel_mixers": ["moe"] * 4}, "channel mixers do not follow"),
-        ({"architecture": Architecture.bailing_moe_v2}, "layer_group_size=2, but all layers"),
-        ({"architecture": Architecture.bailing_moe}, "only the V2 families can be written"),
+        ({"architecture": Architecture.bailing_moe_v2}, "layer_group_size=2, but every model of"),
+        ({"architecture": Architecture.bailing_moe}, "mtp_num_layers=1, but every model of"),
         ({"num_moe_experts": None}, "it has no experts"),
         ({"moe_shared_expert_intermediate_size": None}, "it has no shared expert"),
         ({"num_shared_experts": 3}, "do not divide their width"),
         ({"moe_router_topk": 3}, "moe_router_topk must be 2"),
-        ({"moe_router_enable_expert_bias": False}, "not a sigmoid with expert bias"),
-        ({"qk_layernorm": False}, "qk_layernorm=false"),
-        ({"norm_head": True}, "norm_head=true"),
+        ({"moe_router_enable_expert_bias": False}, "expert_bias=False, but every"),
+        ({"qk_layernorm": False}, "qk_layernorm=False, but every"),
+        ({"norm_head": True}, "norm_head=True, but every"),
     ],
 )
 def test_a_model_outside_its_family_cannot_be_exported(

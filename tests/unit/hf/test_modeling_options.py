@@ -1,4 +1,4 @@
-"""The modeling files with stretched positions, and with a kernel in place of plain torch.
+"""The modeling files: the configs that they refuse, stretched positions, a kernel for plain torch.
 
 Also run on transformers 4.57 from tests/hf457, see test_modeling.py.
 """
@@ -6,9 +6,11 @@ Also run on transformers 4.57 from tests/hf457, see test_modeling.py.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tests.unit.hf.test_modeling import assert_same, edit_config, load, make_folder
 
@@ -23,6 +25,53 @@ FLA_RELATIVE = 5e-3
 @pytest.fixture
 def ring(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "ring", "ring_linear_v2", "zero_based")
+
+
+def test_a_linear_model_needs_a_decay_rule(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "ring", "ring_linear_v2", None)
+    with pytest.raises(ValueError, match=r"decay_layer_rule=None; it must be 'zero_based'.*'shift"):
+        load(folder)
+    model = load(folder, decay_layer_rule="shifted")
+    assert model.config.decay_layer_rule == "shifted"
+
+
+def test_an_unknown_decay_rule_is_refused(ring: Path) -> None:
+    edit_config(ring, decay_layer_rule="one_based")
+    with pytest.raises(ValueError, match="decay_layer_rule='one_based'; it must be"):
+        load(ring)
+
+
+def test_missing_keys_are_named(ring: Path) -> None:
+    edit_config(ring, routed_scaling_factor=None, group_norm_size=None)
+    match = r"lacks \['routed_scaling_factor', 'group_norm_size'\]"
+    with pytest.raises(ValueError, match=match):
+        AutoConfig.from_pretrained(ring, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("ring_linear_v2", "score_function", "softmax"),
+        ("ring_linear_v2", "tie_word_embeddings", True),
+        ("ring_linear_v2", "linear_rope", False),
+        ("ring_lite_v1", "score_function", "sigmoid"),
+        ("ring_lite_v1", "use_qk_norm", True),
+    ],
+)
+def test_what_the_code_does_not_implement_is_refused(
+    tmp_path: Path, name: str, key: str, value: Any
+) -> None:
+    folder = make_folder(tmp_path / name, name, None)
+    edit_config(folder, **{key: value})
+    with pytest.raises(ValueError, match=f"{key}={value!r}; this modeling file implements"):
+        AutoConfig.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_the_width_of_a_head_may_be_said(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "lite", "ring_lite_v1", None)
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).head_dim == 32
+    edit_config(folder, head_dim=16)
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).head_dim == 16
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

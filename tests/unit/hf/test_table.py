@@ -28,9 +28,9 @@ PRESETS = (
 TINY: ModelConfig = compose("pretrain", ["model=tiny"]).model
 
 
-@pytest.mark.parametrize("name", [*RULES, "ring_lite_v1"])
+@pytest.mark.parametrize("name", RULES)
 def test_the_table_names_and_shapes_what_a_folder_holds(name: str) -> None:
-    table = make_table(read_model_config(GOLDEN / name, RULES.get(name)))
+    table = make_table(read_model_config(GOLDEN / name, RULES[name]))
     shapes = {
         hf: shape
         for entry in table.values()
