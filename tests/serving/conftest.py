@@ -13,9 +13,8 @@ from ring_linear_vllm.score import set_environment
 
 set_environment(tensor_parallel_size=1)
 
-from ring_linear_vllm.engine import build_engine  # noqa: E402
+from ring_linear_vllm.engine import build_engine, close_engine  # noqa: E402
 from vllm import LLM  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from tests.serving.folders import longest_prompt, make_linear_folder, make_softmax_folder  # noqa: E402
 
@@ -39,8 +38,8 @@ def engine_of(folders: dict[str, Path]) -> Iterator[Callable[..., LLM]]:
     def get(name: str, **settings: Any) -> LLM:
         key = (name, *sorted(settings.items()))
         if key not in kept:
-            if kept:
-                stop(kept)
+            for last in list(kept):
+                close_engine(kept.pop(last))
             kept[key] = build_engine(
                 str(folders[name]),
                 max_tokens=longest_prompt() + 1,
@@ -51,12 +50,5 @@ def engine_of(folders: dict[str, Path]) -> Iterator[Callable[..., LLM]]:
         return kept[key]
 
     yield get
-    stop(kept)
-
-
-def stop(kept: dict[Any, LLM]) -> None:
-    """End the engine and vLLM's process groups, so that another can start in this process."""
     for engine in kept.values():
-        engine.llm_engine.engine_core.shutdown()
-    kept.clear()
-    cleanup_dist_env_and_memory()
+        close_engine(engine)

@@ -72,9 +72,11 @@ class BailingMoeV2Config(PretrainedConfig):
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
         self.yarn = yarn
-        if yarn is not None:  # transformers 5 reads another name
-            name = "rope_parameters" if hasattr(type(self), "rope_scaling") else "rope_scaling"
-            setattr(self, name, {**yarn, "rope_theta": self.rope_theta})
+        if hasattr(type(self), "rope_scaling"):  # transformers 5, where engines read another name
+            kind = yarn or {"rope_type": "default"}
+            self.rope_parameters = {**kind, "rope_theta": self.rope_theta}
+        elif yarn is not None:
+            self.rope_scaling = {**yarn, "rope_theta": self.rope_theta}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of `config.json`, position embedding under the name that engines read."""

@@ -159,3 +159,14 @@ def test_fla_gives_what_plain_torch_gives(ring: Path) -> None:
     got = module.lightning_attention_by(module.fla_kernel(), qkv, slopes, state)
     for one, other in zip(got, wanted, strict=True):
         assert ((one - other).norm() / other.norm()).item() < FLA_RELATIVE
+
+
+@pytest.mark.parametrize("scaling", [None, YARN])
+def test_engines_find_the_rope_base_in_the_config(ring: Path, scaling: dict | None) -> None:
+    """Servers with transformers 5 read it there; transformers 4 has no such attribute."""
+    edit_config(ring, rope_scaling=scaling)
+    config = AutoConfig.from_pretrained(ring, trust_remote_code=True)
+    kind = scaling or {"rope_type": "default"}
+    if hasattr(type(config), "rope_scaling"):
+        assert config.rope_parameters == {**kind, "rope_theta": 1_000_000}
+    assert config.to_dict()["rope_scaling"] == scaling

@@ -22,6 +22,7 @@ REQUIRED_KEYS = (
     "first_k_dense_replace",
     "max_position_embeddings",
     "rms_norm_eps",
+    "rope_theta",
     "partial_rotary_factor",
     "num_experts",
     "num_experts_per_tok",
@@ -57,6 +58,13 @@ class BailingMoeLinearV2Config(PretrainedConfig):
 
     model_type = "bailing_moe_linear"
     has_no_defaults_at_init = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Take every key; position embedding goes to where engines look for it."""
+        rope = kwargs.pop("rope_scaling", None) or kwargs.pop("rope_parameters", None) or {}
+        super().__init__(**kwargs)
+        kind = {"rope_type": rope.get("type", "default"), "rope_theta": kwargs.get("rope_theta")}
+        self.rope_parameters = {**kind, **rope}
 
 
 def config_problems(config: PretrainedConfig) -> list[str]:

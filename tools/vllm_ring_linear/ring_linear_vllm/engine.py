@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from ring_linear_vllm.forcing import FORCED_TOKENS, ForcedTokens
 
@@ -42,6 +43,12 @@ def build_engine(
         logits_processors=[ForcedTokens],
         **settings,
     )
+
+
+def close_engine(engine: LLM) -> None:
+    """End an engine that runs in this process, so that another can start here."""
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def prompt_logprobs(engine: LLM, prompts: list[list[int]]) -> list[list[float]]:
