@@ -117,10 +117,10 @@ def choose_checkpoints(run_dir: Path, last: int | None, steps: Sequence[int] | N
         )
     missing = [step for step in wanted if step not in there]
     if missing or len(wanted) < count:
+        lack = f"no checkpoint of steps {missing}" if missing else "fewer checkpoints"
         raise CheckpointError(
-            f"run_dir={run_dir} has no checkpoint of steps {missing or 'enough'}: last={last}, "
-            f"steps={steps}, and there are {list(there)}; choose from those (checkpoint.keep=null "
-            "keeps all)"
+            f"run_dir={run_dir} has {lack}: last={last} and steps={steps}, but there are "
+            f"{list(there)}; choose from those (checkpoint.keep=null keeps all of a run)"
         )
     return [there[step] for step in wanted]
 

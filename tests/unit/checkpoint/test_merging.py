@@ -30,6 +30,7 @@ from ring_train.checkpoint.writing import SaveJob, commit, prepare_folder, snaps
 from ring_train.config import DecayCurve, compose, to_yaml
 from ring_train.jobs import merge_checkpoints
 from ring_train.model.tensors import Shard
+from tests.unit.hf.test_memory import ALLOCATOR_BYTES, resident_bytes, start_high_water
 
 TINY = ["model=tiny", "data.domains={}"]
 SHAPES = {"matrix.weight": (6, 5), "norm.weight": (7,), "router.expert_bias": (4,)}
@@ -305,7 +306,7 @@ def other_tensors(run_dir: Path) -> None:
         (damage_byte, r"step_00000020/rank_00001\.safetensors does not have the hash"),
         (lose_file, r"step_00000020/rank_00000\.safetensors is missing"),
         (lose_manifest, r"step_00000020: no manifest\.json"),
-        (lose_checkpoint, r"has no checkpoint of steps enough: last=3.* there are \[10, 30\]"),
+        (lose_checkpoint, r"has fewer checkpoints: last=3 .* there are \[10, 30\]"),
         (other_model, r"step_00000020: checkpoint of another model: model\.first_k_dense_replace"),
         (other_tensors, r"step_00000020 and .*step_00000030 hold different .* first norm\.weight"),
     ],
@@ -329,7 +330,7 @@ def test_what_cannot_be_averaged_is_named(
         (-2, None, "needs two or more"),
         (None, [10], "needs two or more"),
         (None, [10, 10], "two or more different"),
-        (4, None, r"no checkpoint of steps enough: last=4, .* there are \[10, 20, 30\]"),
+        (4, None, r"has fewer checkpoints: last=4 .* there are \[10, 20, 30\]"),
         (None, [10, 25], r"no checkpoint of steps \[25\]: .* choose from those"),
     ],
 )
@@ -381,3 +382,20 @@ def test_phases_with_another_position_embedding_are_not_mixed(tmp_path: Path) ->
     merge_checkpoints.check_same_positions(folders)
     with pytest.raises(Exception, match=r"model\.rotary_base=10000\.0, .* with 50000\.0"):
         merge_checkpoints.check_same_positions(choose_checkpoints(tmp_path, None, [5, 6]))
+
+
+def test_memory_of_a_merge_is_that_of_a_tensor(tmp_path: Path) -> None:
+    """12 bytes for each element: the sum and one source; twice, as memory is reused late."""
+    num_tensors, num_elements = 100, 300_000
+    for step in (10, 20, 30):
+        tensors = {
+            f"weight/{i}.weight": torch.full((num_elements,), 0.5) for i in range(num_tensors)
+        }
+        save(tmp_path, step, tensors)
+    del tensors
+    before = start_high_water()
+    merge(tmp_path, tmp_path / "merged")
+    grown = resident_bytes("VmHWM") - before
+    bound = 2 * 12 * num_elements + ALLOCATOR_BYTES
+    assert 4 * num_tensors * num_elements > 3 * bound
+    assert grown < bound, grown

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,24 @@ from ring_train.config import (
     NewGates,
     NewRows,
     WeightFormat,
+    compose,
 )
 from ring_train.hf.config import read_model_config
 from ring_train.hf.conversion import convert_folder, make_conversion
 from ring_train.hf.errors import HfError
 from ring_train.hf.layer_pattern import expand_key_values, layer_pattern_problems, pool_key_values
-from ring_train.hf.table import _qkv_head_order
+from ring_train.hf.reader import open_hf_folder
+from ring_train.hf.table import _qkv_head_order, make_table
 from ring_train.hf.vocabulary import VocabularyChange, change_rows
+from ring_train.hf.writer import HfFormat, write_hf_folder
 from tests.unit.hf.conftest import GOLDEN
+from tests.unit.hf.test_memory import (
+    ALLOCATOR_BYTES,
+    MODEL,
+    NUM_TENSORS,
+    resident_bytes,
+    start_high_water,
+)
 
 LING, RING = GOLDEN / "ling_v2", GOLDEN / "ring_linear_v2"
 HEADS, GROUPS, CHANNELS, WIDTH = 6, 2, 4, 5
@@ -166,6 +177,19 @@ def test_written_precision_is_that_of_the_folder(tmp_path: Path) -> None:
     biases = {name for name in again if name.endswith("expert_bias")}
     assert {again[name].dtype for name in biases} == {torch.float32}
     assert {again[name].dtype for name in again.keys() - biases} == {torch.bfloat16}
+
+
+def test_values_of_block_fp8_stay(tmp_path: Path) -> None:
+    """A block may get another power of two as its scale, which stands for the same values."""
+    fp8 = convert(LING, tmp_path / "fp8", precision=WeightFormat.fp8, vocab_size=640)
+    again = convert(fp8, tmp_path / "again", layer_group_size=4, group_norm_size=2)
+    assert any(tensor.dtype == torch.float8_e4m3fn for tensor in weights(again).values())
+    models = [read_model_config(folder) for folder in (fp8, again)]
+    with open_hf_folder(fp8, models[0]) as before, open_hf_folder(again, models[1]) as after:
+        kept = [name for name in before.table if not re.search(r"[012]\.self_att.*qkv", name)]
+        assert len(kept) == len(before.table) - 3
+        for name in kept:
+            assert torch.equal(before.read_logical(name), after.read_logical(name)), name
 
 
 @pytest.mark.parametrize(
@@ -307,3 +331,24 @@ def test_a_normalised_head_keeps_its_vocabulary(
 ) -> None:
     with pytest.raises(HfError, match="norm_head=true divides lm_head"):
         convert(GOLDEN / "ring_lite_v1", tmp_path / "out", vocab_size=640)
+
+
+def test_memory_of_a_conversion_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    softmax = ["model.architecture=bailing_moe_v2", "model.layer_group_size=1"]
+    model = compose("pretrain", [*MODEL, *softmax]).model
+    shapes = {name: entry.shape for name, entry in make_table(model).items()}
+    write_hf_folder(
+        tmp_path / "softmax",
+        model,
+        lambda name: torch.full(shapes[name], 0.5),
+        form=HfFormat(weights=WeightFormat.fp32),
+        tokenizer_dir=LING,
+    )
+    sizes = [4 * torch.Size(shape).numel() for shape in shapes.values()]
+    bound = NUM_TENSORS * max(sizes) + ALLOCATOR_BYTES
+    assert sum(sizes) > 4 * bound  # a model that would show
+    before = start_high_water()
+    pattern = {"layer_group_size": 2, "group_norm_size": 2, "vocab_size": 640}
+    convert(tmp_path / "softmax", tmp_path / "out", **pattern)
+    grown = resident_bytes("VmHWM") - before
+    assert grown < bound, f"{grown} of {sum(sizes)} bytes"

@@ -29,6 +29,13 @@ def resident_bytes(word: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def start_high_water() -> int:
+    """Let the high-water mark of this process start again; return where it starts, bytes."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
+
+
 @pytest.mark.parametrize("weights", list(WeightFormat))
 def test_memory_is_that_of_a_few_tensors(weights: WeightFormat, tmp_path: Path) -> None:
     model = compose("pretrain", MODEL).model
@@ -36,9 +43,7 @@ def test_memory_is_that_of_a_few_tensors(weights: WeightFormat, tmp_path: Path) 
     sizes = [4 * torch.Size(shape).numel() for shape in shapes.values()]
     bound = NUM_TENSORS * max(sizes) + ALLOCATOR_BYTES
     assert sum(sizes) > 4 * bound  # a model that would show
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = resident_bytes("VmRSS")
+    before = start_high_water()
     form = HfFormat(weights=weights)
     write_hf_folder(
         tmp_path / "out",
