@@ -21,7 +21,8 @@ from ring_train.checkpoint import merging
 from ring_train.checkpoint.manifest import read_manifest
 from ring_train.checkpoint.reading import tensor_digests
 from ring_train.config import DecayCurve
-from tests.unit.checkpoint.test_merging import merge, save
+from tests.unit.checkpoint.small_checkpoints import save
+from tests.unit.checkpoint.test_merging import merge
 
 NUM_KILLS = int(os.environ.get("CRASH_KILLS", "5"))
 NUM_TENSORS, NUM_ELEMENTS = 30, 20_000

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from ring_train.checkpoint import CheckpointError, TrainState, find_checkpoint, merging
+from ring_train.checkpoint import CheckpointError, find_checkpoint, merging
 from ring_train.checkpoint.decay_curves import update_weights
 from ring_train.checkpoint.folders import step_path
 from ring_train.checkpoint.manifest import read_manifest
@@ -23,69 +21,15 @@ from ring_train.checkpoint.merging import (
     write_merge,
 )
 from ring_train.checkpoint.reading import tensor_digests
-from ring_train.checkpoint.state import read_state, state_text
-from ring_train.checkpoint.tensors import Held
+from ring_train.checkpoint.state import read_state
 from ring_train.checkpoint.weights import open_weights
-from ring_train.checkpoint.writing import SaveJob, commit, prepare_folder, snapshot, write_rank
-from ring_train.config import DecayCurve, compose, to_yaml
+from ring_train.config import DecayCurve, compose
 from ring_train.jobs import merge_checkpoints
-from ring_train.model.tensors import Shard
+from tests.unit.checkpoint.small_checkpoints import SHAPES, TINY, random_tensors, save
 from tests.unit.hf.test_memory import ALLOCATOR_BYTES, resident_bytes, start_high_water
 
-TINY = ["model=tiny", "data.domains={}"]
-SHAPES = {"matrix.weight": (6, 5), "norm.weight": (7,), "router.expert_bias": (4,)}
 TRAJECTORY_TOLERANCE = 1e-10
 """fp64 on both sides; what the issue asks for."""
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-@functools.cache
-def config_text(*words: str) -> str:
-    return to_yaml(compose("pretrain", list(words)))
-
-
-def save(
-    run_dir: Path, step: int, tensors: Tensors, words: list[str] = TINY, ranks: int = 1
-) -> None:
-    """Save tensors by kind and name, their rows divided among ranks."""
-    folder = run_dir / "checkpoints"
-    nonce = prepare_folder(folder, step, 0)
-    small_files = {
-        "config.yaml": config_text(*words),
-        "train_state.json": state_text(TrainState(step=step, consumed_samples=4 * step), step),
-    }
-    for rank in range(ranks):
-        held = []
-        for key, full in tensors.items():
-            shard = Shard(dim=0, world=ranks if len(full) % ranks == 0 else 1, rank=rank)
-            if shard.world == 1 and rank:
-                continue
-            local = shard.of(full) if shard.world > 1 else full
-            held.append(Held(key, local.reshape(-1), 0, tuple(local.shape), shard, is_written=True))
-        pieces, values = snapshot(held, rank)
-        job = SaveJob(
-            folder=folder,
-            step=step,
-            rank=rank,
-            world_size=ranks,
-            nonce=nonce,
-            tensors=pieces,
-            values=values,
-            small_files=small_files,
-            saved_by={"world_size": ranks},
-            keep=None,
-        )
-        write_rank(job)
-    commit(job, threading.Event())
-
-
-def random_tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"weight/{name}": torch.randn(shape, generator=generator, dtype=dtype)
-        for name, shape in SHAPES.items()
-    }
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from ring_train.config import LoraConfig, ModelConfig, Precision, ValidateConfig
 from ring_train.errors import UserError
 from ring_train.jobs.initial_model import InitialModel
 from ring_train.jobs.validate import main, read_run, table, validation_plan
-from tests.unit.checkpoint.test_merging import random_tensors, save
+from tests.unit.checkpoint.small_checkpoints import random_tensors, save
 
 HELD_OUT = ["data.domains.a={path:a,valid_path:b}", "train=cpu", "optim=short"]
 
