@@ -16,7 +16,12 @@ set_environment(tensor_parallel_size=1)
 from ring_linear_vllm.engine import build_engine, close_engine  # noqa: E402
 from vllm import LLM  # noqa: E402
 
-from tests.serving.folders import longest_prompt, make_linear_folder, make_softmax_folder  # noqa: E402
+from tests.serving.folders import (  # noqa: E402
+    longest_prompt,
+    make_first_folder,
+    make_linear_folder,
+    make_softmax_folder,
+)
 
 NUM_BLOCKS = 24
 """Of the cache: so few that later requests get the blocks of earlier ones."""
@@ -24,10 +29,11 @@ NUM_BLOCKS = 24
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Exported folders: the hybrid under both decay rules, and the softmax family."""
+    """Exported folders: the hybrid under both decay rules, and both softmax families."""
     root = tmp_path_factory.mktemp("folders")
     linear = {rule: make_linear_folder(root / rule, rule) for rule in ("zero_based", "shifted")}
-    return {**linear, "softmax": make_softmax_folder(root / "softmax")}
+    softmax = make_softmax_folder(root / "softmax")
+    return {**linear, "softmax": softmax, "first": make_first_folder(root / "first")}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def engine_of(folders: dict[str, Path]) -> Iterator[Callable[..., LLM]]:
             kept[key] = build_engine(
                 str(folders[name]),
                 max_tokens=longest_prompt() + 1,
-                trust_remote_code=name == "softmax",
+                trust_remote_code=name in ("softmax", "first"),
                 num_gpu_blocks_override=NUM_BLOCKS,
                 **settings,
             )

@@ -14,6 +14,7 @@ EXPECTED = {
     "zero_based": "ring_linear_v2/expected.json",
     "shifted": "ring_linear_v2/expected_hf_rule.json",
     "softmax": "ling_v2/expected.json",
+    "first": "ring_lite_v1/expected.json",
 }
 """Folder -> file of prompts and log-probabilities."""
 
@@ -35,15 +36,18 @@ def make_linear_folder(destination: Path, rule: str) -> Path:
     return destination
 
 
+def make_first_folder(destination: Path) -> Path:
+    """Write Ring-lite, of the first generation."""
+    copy_golden("ring_lite_v1", destination)
+    add_config_class(destination, "configuration_bailing_moe.BailingMoeConfig")
+    return destination
+
+
 def make_softmax_folder(destination: Path) -> Path:
-    """Write Ling 2.0 without its MTP layer; vLLM runs the config class that lies in the folder."""
+    """Write Ling 2.0 without its MTP layer."""
     copy_golden("ling_v2", destination)
-    config = edit_config(
-        destination,
-        num_nextn_predict_layers=0,
-        auto_map={"AutoConfig": "configuration_bailing_moe_v2.BailingMoeV2Config"},
-    )
-    shutil.copy(MODELING / "configuration_bailing_moe_v2.py", destination)
+    add_config_class(destination, "configuration_bailing_moe_v2.BailingMoeV2Config")
+    config = edit_config(destination, num_nextn_predict_layers=0)
     mtp = f"model.layers.{config['num_hidden_layers']}."
     path = destination / "model.safetensors"
     weights = load_file(path)
@@ -51,6 +55,13 @@ def make_softmax_folder(destination: Path) -> Path:
     assert len(trunk) < len(weights)
     save_file(trunk, path, {"format": "pt"})
     return destination
+
+
+def add_config_class(folder: Path, name: str) -> None:
+    """Add the Python files of config classes, and the name of the one that vLLM is to run."""
+    for path in MODELING.glob("configuration_*.py"):
+        shutil.copy(path, folder)
+    edit_config(folder, auto_map={"AutoConfig": name})
 
 
 def copy_golden(name: str, destination: Path) -> None:

@@ -1,12 +1,13 @@
 """YaRN in vLLM against the modeling files in transformers, past the original length."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from ring_linear_vllm.engine import build_engine, close_engine, prompt_logprobs
-from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tests.serving.folders import MODELING, edit_config, expected, longest_prompt
 from tests.serving.test_golden import ABSOLUTE, largest_difference
@@ -18,7 +19,12 @@ MOVED = 1e-2
 
 @torch.no_grad()
 def transformers_logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
+    """By config class and model of the folder; AutoConfig would give that of the plugin."""
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    config = get_class_from_dynamic_module(auto_map["AutoConfig"], folder).from_pretrained(folder)
+    model = get_class_from_dynamic_module(auto_map["AutoModelForCausalLM"], folder).from_pretrained(
+        folder, config=config, dtype="float32"
+    )
     rows = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

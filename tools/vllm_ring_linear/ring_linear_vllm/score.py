@@ -22,7 +22,7 @@ def main(words: list[str]) -> int:
         if args.output.is_dir() or not args.output.parent.is_dir():
             raise ValueError(f"--output {args.output}: name a file in a folder that exists")
         logprobs = score(args, prompts)
-    except ValueError as error:  # pydantic's too
+    except (ValueError, OSError, RuntimeError) as error:  # what vLLM raises for bad folders
         print(error, file=sys.stderr)
         return 1
     partial = args.output.with_name(args.output.name + ".partial")
@@ -35,7 +35,7 @@ def score(args: argparse.Namespace, prompts: list[list[int]]) -> list[list[float
     """Return the log-probabilities of the prompts.
 
     Raises:
-        ValueError: the model or the settings cannot be served.
+        ValueError, OSError, RuntimeError: the model or the settings cannot be served.
     """
     set_environment(args.tensor_parallel_size)
     from ring_linear_vllm.engine import build_engine, decode_logprobs, prompt_logprobs
