@@ -46,7 +46,7 @@ demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generat
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(PYTEST) -n 2 tests/unit tests/repo
-	$(PYTEST) -n 2 tests/parallel tests/layouts tests/e2e tests/crash
+	$(PYTEST) -n 2 tests/parallel tests/layouts tests/exports tests/e2e tests/crash
 
 test-unit: $(INSTALLED)  ## tests in one process
 	$(PYTEST) -n 2 tests/unit
@@ -95,4 +95,4 @@ lint: $(INSTALLED)  ## format, lint, types and import layers
 	.venv/bin/lint-imports
 
 check: lint  ## what a change must pass
-	$(PYTEST) -n 2 tests/unit tests/parallel tests/layouts tests/repo
+	$(PYTEST) -n 2 tests/unit tests/parallel tests/layouts tests/exports tests/repo

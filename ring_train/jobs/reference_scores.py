@@ -15,7 +15,7 @@ from ring_train.plan import Plan, make_plan
 if TYPE_CHECKING:
     import torch
 
-    from ring_train.hf.certificate.verify import Reference
+    from ring_train.hf.certificate.computed import Reference
     from ring_train.runtime.distributed import Groups
 
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 12
@@ -46,7 +46,7 @@ def score_reference(
     plan = make_plan(base, 1)
 
     import ring_train.platform  # noqa: F401  (heavy imports only after the plan holds)
-    from ring_train.hf.certificate.verify import Reference
+    from ring_train.hf.certificate.computed import Reference
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import attach_schedule_callbacks
@@ -94,4 +94,4 @@ def read_rows(path: str | None, folder: Path, model: ModelConfig) -> list[list[i
 
     if path is not None:
         return read_prompts(Path(path))
-    return certificate_rows(folder, model)[0]
+    return certificate_rows(folder, model)

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from ring_train.checkpoint.weights import CheckpointWeights
+    from ring_train.hf.certificate.computed import Reference
     from ring_train.hf.certificate.tensors import Read
-    from ring_train.hf.certificate.verify import Reference, Truth
+    from ring_train.hf.certificate.verify import Truth
 
 DIFFERS_STATUS = 1
 
@@ -35,13 +36,15 @@ def main(overrides: list[str]) -> None:
     """Certify the folder that the overrides name."""
     config: VerifyExportConfig = compose("verify_export", overrides)
 
-    from ring_train.hf.certificate.record import write_certificate
+    from ring_train.hf.certificate.record import CERTIFICATE, write_certificate
     from ring_train.hf.certificate.verify import verify
 
     folder = Path(config.hf_dir)
     if not is_hf_folder(folder):
         raise UserError(f"hf_dir={folder} has no config.json; name an exported folder")
-    certificate = verify(folder, read_truth(config), vllm=config.vllm)
+    truth = read_truth(config)
+    (folder / CERTIFICATE).unlink(missing_ok=True)  # what it says may no longer be so
+    certificate = verify(folder, truth, vllm=config.vllm)
     report = certificate.pop("report")
     path = write_certificate(folder, certificate)
     sys.stdout.writelines(report)

@@ -68,12 +68,13 @@ def test_a_spoilt_export_fails_and_says_where(
 
 
 def test_a_folder_that_is_none_is_refused(
-    trained: Path, exported: Path, on_ranks: OnRanks, tmp_path: Path
+    exported: Path, on_ranks: OnRanks, tmp_path: Path
 ) -> None:
-    outcome = certify(on_ranks, tmp_path)
+    (tmp_path / "empty").mkdir()
+    outcome = certify(on_ranks, tmp_path / "empty")
     assert outcome.status == 2
     assert "has no config.json; name an exported folder" in outcome.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "empty").iterdir()) == []
     outcome = certify(on_ranks, exported, f"checkpoint={exported}")
     assert outcome.status == 2
     assert "is a Hugging Face folder; name the checkpoint" in outcome.stderr

@@ -18,6 +18,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 MODELING = "modeling_bailing_moe_v2.py"
+FIRST_MODELING = "modeling_bailing_moe.py"
 LINEAR_MODELING = "modeling_bailing_moe_linear_v2.py"
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 """Of the golden models."""
@@ -490,5 +491,35 @@ MUTANTS = {
         ),
         "rope",
         base="yarn",
+    ),
+    "no_norm_head": Mutant(
+        "norm_head is missing (first generation)",
+        config(norm_head=REMOVED),
+        "config",
+        base="first",
+    ),
+    "head_by_rows": Mutant(
+        "the head is normalised over hidden channels (first generation)",
+        text(FIRST_MODELING, "weight, dim=0, dtype=dtype)", "weight[:128], dim=1, dtype=dtype)"),
+        "transformers_one_pass",
+        base="first",
+    ),
+    "sigmoid_router": Mutant(
+        "the router is a sigmoid (first generation)",
+        text(FIRST_MODELING, ".softmax(-1)  # [t, e] fp32", ".sigmoid()"),
+        "transformers_one_pass",
+        base="first",
+    ),
+    "half_rotary_of_the_second": Mutant(
+        "half of the channels turn (first generation)",
+        text(FIRST_MODELING, "return self.config.head_dim", "return self.config.head_dim // 2"),
+        "rope",
+        base="first",
+    ),
+    "one_shared_expert": Mutant(
+        "the shared experts are one (first generation)",
+        config(num_shared_experts=1),
+        "config",
+        base="first",
     ),
 }

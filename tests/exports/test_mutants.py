@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,15 @@ atexit.register(shutil.rmtree, MODULES_CACHE, ignore_errors=True)
 os.environ.setdefault("HF_MODULES_CACHE", MODULES_CACHE)
 
 from ring_train.config import DecayLayerRule, ModelConfig, MtpExport, WeightFormat  # noqa: E402
-from ring_train.hf.certificate.consumers import ConsumerError, request_of  # noqa: E402
-from ring_train.hf.certificate.verify import VLLM_WAYS, Reference, Truth, verify  # noqa: E402
+from ring_train.hf.certificate.computed import VLLM_WAYS, Reference  # noqa: E402
+from ring_train.hf.certificate.consumers import (  # noqa: E402
+    ConsumerError,
+    Rows,
+    request_of,
+    run_transformers,
+)
+from ring_train.hf.certificate.settings import is_linear  # noqa: E402
+from ring_train.hf.certificate.verify import Truth, verify  # noqa: E402
 from ring_train.hf.config import read_model_config  # noqa: E402
 from ring_train.hf.reader import open_hf_folder  # noqa: E402
 from ring_train.hf.writer import HfFormat, write_hf_folder  # noqa: E402
@@ -34,7 +41,12 @@ from tests.exports.page import write_mutants  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 PAGE = ROOT / "docs" / "export.md"
-BASES = {"linear": "ring_linear_v2", "softmax": "ling_v2", "yarn": "ring_linear_v2"}
+BASES = {
+    "linear": "ring_linear_v2",
+    "softmax": "ling_v2",
+    "yarn": "ring_linear_v2",
+    "first": "ring_lite_v1",
+}
 YARN_CONTEXT_TOKENS = 64
 ONE_BY_ONE_TOKENS = 24
 """Of the first row: seconds matter here."""
@@ -101,12 +113,16 @@ def make_base(name: str, tokenizer: Path, folder: Path) -> Base:
     return Base(folder=folder, model=model, source=source, rows=rows)
 
 
-def score(model: ModelConfig, source: Path, rows: list[list[int]]) -> Reference:
+def score(
+    model: ModelConfig, source: Path, rows: list[list[int]], weights: WeightFormat
+) -> Reference:
     """Return what the trainer computes from the golden weights; runs on a rank."""
+    from ring_train.hf.certificate.tensors import as_exported
     from ring_train.jobs.reference_scores import score_reference
 
-    with open_hf_folder(source, model) as reader:
-        return score_reference(model, reader.read_logical, rows)
+    whole = read_model_config(source, model.decay_layer_rule if is_linear(model) else None)
+    with open_hf_folder(source, whole) as reader:
+        return score_reference(model, as_exported(model, weights, reader.read_logical), rows)
 
 
 def truth_of(base: Base, tokenizer: Path, on_ranks: OnRanks) -> Truth:
@@ -115,7 +131,7 @@ def truth_of(base: Base, tokenizer: Path, on_ranks: OnRanks) -> Truth:
     from ring_train.hf.training_turns import training_turns
 
     if base.truth is None:
-        (reference,) = on_ranks(1, score, base.model, base.source, base.rows)
+        (reference,) = on_ranks(1, score, base.model, base.source, base.rows, WeightFormat.fp32)
         turns = training_turns(tokenizer, CONVERSATIONS, base.model.eos_token_id)
         assert not isinstance(turns, str), turns
 
@@ -136,12 +152,12 @@ def truth_of(base: Base, tokenizer: Path, on_ranks: OnRanks) -> Truth:
     return base.truth
 
 
-def run_here(folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def run_here(folder: Path, rows: Rows, answers: Rows) -> dict[str, Any]:
     """Return what the probe answers, in this process."""
     from ring_train.hf.certificate.probe import probe
 
     try:
-        request = {**request_of(rows), "one_by_one": ONE_BY_ONE_TOKENS}
+        request = {**request_of(rows, answers), "one_by_one": ONE_BY_ONE_TOKENS}
         return json.loads(json.dumps(probe(folder, request)))
     except Exception as error:
         raise ConsumerError(f"{type(error).__name__}: {error}") from error
@@ -162,6 +178,37 @@ def test_a_right_folder_passes(
     assert certificate["passed"], certificate["report"]
     not_run = {key for key, check in certificate["checks"].items() if check["status"] == "not run"}
     assert not_run == VLLM_WAYS.keys()
+
+
+FORMS = {
+    "bf16": HfFormat(weights=WeightFormat.bf16),
+    "fp8": HfFormat(weights=WeightFormat.fp8),
+    "separate_mtp": HfFormat(weights=WeightFormat.fp32, mtp=MtpExport.separate),
+    "no_mtp": HfFormat(weights=WeightFormat.fp32, mtp=MtpExport.none),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_folder_passes_and_its_faults_do_not(
+    name: str, bases: dict[str, Base], tokenizer: Path, on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    base, form = bases["linear"], FORMS[name]
+    rounded = truth_of(base, tokenizer, on_ranks)
+    model = base.model
+    if form.mtp is MtpExport.none:
+        model = dataclasses.replace(model, mtp_num_layers=0)
+    assert rounded.read is not None
+    write_hf_folder(tmp_path / "x", model, rounded.read, form=form, tokenizer_dir=tokenizer)
+    (reference,) = on_ranks(1, score, model, base.source, base.rows, form.weights)
+    truth = dataclasses.replace(
+        rounded, model=model, mtp=form.mtp, reference=lambda folder, weights: reference
+    )
+    here = run_transformers if form.weights is WeightFormat.fp8 else run_here
+    certificate = verify(tmp_path / "x", truth, transformers=here)
+    assert certificate["passed"], certificate["report"]
+    MUTANTS["gate_up_swapped"].change(tmp_path / "x")
+    certificate = verify(tmp_path / "x", truth, transformers=here)
+    assert {"weights", "transformers_one_pass"} <= set(failed(certificate))
 
 
 @pytest.fixture(scope="module")

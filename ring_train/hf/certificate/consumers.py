@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 """Of a log-probability in fp32; two right implementations differ by about 1e-5."""
 PIECES = (1, 63, 2, 64, 1, 1, 70)
 """Tokens of the pieces of a prefill; they begin and end inside and at the end of a chunk of 64."""
-ONE_BY_ONE_TOKENS = 130
+ONE_BY_ONE_TOKENS = 70
 """Longer rows are not read token by token."""
 PROBE = Path(__file__).parent / "probe.py"
 NUM_LINES = 3
@@ -43,10 +43,11 @@ class ConsumerError(UserError):
     """A program could not load the folder or compute from it."""
 
 
-def request_of(rows: Rows) -> dict[str, Any]:
-    """Return what `probe` is asked."""
+def request_of(rows: Rows, answers: Rows) -> dict[str, Any]:
+    """Return what `probe` is asked: rows in every way, the trainer's answers in one pass."""
     return {
         "rows": [list(row) for row in rows],
+        "answers": [list(row) for row in answers],
         "pieces": PIECES,
         "one_by_one": ONE_BY_ONE_TOKENS,
         "positions": POSITIONS,
@@ -54,7 +55,7 @@ def request_of(rows: Rows) -> dict[str, Any]:
     }
 
 
-def run_transformers(folder: Path, rows: Rows) -> dict[str, Any]:
+def run_transformers(folder: Path, rows: Rows, answers: Rows) -> dict[str, Any]:
     """Return what transformers computes from a folder, by the folder's own modeling files.
 
     They run in a child process that is told to stay offline and has an own cache of modules. A
@@ -73,7 +74,7 @@ def run_transformers(folder: Path, rows: Rows) -> dict[str, Any]:
         if "quantization_config" in read_json(folder / "config.json"):
             folder = dequantized_copy(folder, Path(scratch) / folder.resolve().name)
         words = [sys.executable, str(PROBE), str(folder.resolve())]
-        return _ask(words, ("", ""), request_of(rows), Path(scratch), environment)
+        return _ask(words, ("", ""), request_of(rows, answers), Path(scratch), environment)
 
 
 def run_vllm(python: str, folder: Path, rows: Rows, *options: str) -> Scores:

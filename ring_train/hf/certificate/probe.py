@@ -4,9 +4,9 @@ Runs the folder's own Python files, so it runs in a process of its own that can 
 network nor another folder's modules; see `consumers`. Imports torch and transformers only and runs
 in any environment that has them: also without ring_train.
 
-REQUEST is JSON: `rows` [[ids]], `pieces` (tokens of the pieces of a prefill, over and over),
-`one_by_one` (tokens of the rows that are also read one by one, at most), `positions` for the rope
-table, `conversations` [{messages, arguments}].
+REQUEST is JSON: `rows` [[ids]], `answers` [[ids]] that are read in one pass only, `pieces` (tokens
+of the pieces of a prefill, over and over), `one_by_one` (tokens of the rows that are also read one
+by one, at most), `positions` for the rope table, `conversations` [{messages, arguments}].
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ WORDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def probe(folder: str | Path, request: dict[str, Any]) -> dict[str, Any]:
     """Return log-probabilities, decay rates, rope table, biases and rendered conversations."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype="auto", output_loading_info=True
+        folder,
+        trust_remote_code=True,
+        use_safetensors=True,
+        dtype="auto",
+        output_loading_info=True,
     )
     answer: dict[str, Any] = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -40,6 +44,7 @@ def probe(folder: str | Path, request: dict[str, Any]) -> dict[str, Any]:
     model = model.float().eval()
     rows = [torch.tensor([row]) for row in request["rows"]]
     answer |= _one_pass(model, rows)
+    answer["answers"] = _one_pass(model, [torch.tensor([ids]) for ids in request["answers"]])
     short = {str(i): row for i, row in enumerate(rows) if row.shape[1] <= request["one_by_one"]}
     answer["one_by_one"] = {
         index: _in_pieces(model, row, itertools.repeat(1)) for index, row in short.items()

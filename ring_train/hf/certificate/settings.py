@@ -136,7 +136,9 @@ def config_frequencies(raw: dict[str, Any]) -> tuple[list[float], float]:
 
     Source: B. Peng et al., YaRN, arXiv 2309.00071, equations 17, 20 to 23.
     """
-    rotary = int(raw["head_dim"] * raw["partial_rotary_factor"])
+    # The first generation has neither key: heads fill the width, and all channels turn.
+    width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    rotary = int(width * raw.get("partial_rotary_factor", 1))
     theta = raw["rope_theta"]
     plain = [theta ** (-2 * pair / rotary) for pair in range(rotary // 2)]
     yarn = raw.get("rope_scaling")
