@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ring_train.config import Config
+from ring_train.config import Config, ScoreFunction
 from ring_train.plan.mesh import Mesh
 
 TABLE_FILE = Path(__file__).parent / "certified_layouts.json"
@@ -54,6 +54,9 @@ def layout_features(config: Config, mesh: Mesh) -> Features:
         f"recompute_{recompute}": recompute is not None,
         "expert_data_parallel": mesh.ep * mesh.etp > 1 and mesh.edp > 1,
         "mtp": model.mtp_num_layers > 0,
+        "softmax_router": model.moe_router_score_function is ScoreFunction.softmax,
+        "balance_loss": model.moe_aux_loss_coeff > 0,
+        "norm_head": model.norm_head,
         "megatron_fields": bool(model.megatron),
     }
     return Features(

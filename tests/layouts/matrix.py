@@ -1,10 +1,11 @@
 """The table of layouts that are compared with one rank, and how one of them is run.
 
-Every kind (set of degrees above 1 that fit into one world) appears three times, with other flags
+Every kind (set of degrees above 1 that fit into one world) appears four times, with other flags
 each time: bare, with one MTP depth; optimizer sharded, communication overlapped, everything
 recomputed, two MTP depths, padded rows, compared after an update; optimizer sharded, parts
-recomputed, no MTP. The reference of each variant is one rank without any flag. All rows hold packed
-documents cut at odd places.
+recomputed, no MTP; and the first generation with what the second has, compared after an update of
+weights and routers. The reference of each variant is one rank without any flag. All rows hold
+packed documents cut at odd places.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from tests.parallel.short_runs import SHORT_RUN
+from tests.parallel.short_runs import FIRST_GENERATION, SHORT_RUN
 
 if TYPE_CHECKING:
     import torch
@@ -36,30 +37,35 @@ DATA = [
     "train.global_batch_size=16",
     "seed=36",
 ]
+SMOOTH_ADAM = ["optim.adam_eps=1", "optim.weight_decay=0"]
 VARIANTS = {
     "plain": (["model.mtp_num_layers=1"], 1),
-    "full": (["model.mtp_num_layers=2", "optim.adam_eps=1", "optim.weight_decay=0"], 40),
+    "full": (["model.mtp_num_layers=2", *SMOOTH_ADAM], 40),
     "selective": (["model.mtp_num_layers=0"], 1),
+    "v1": ([*FIRST_GENERATION, *SMOOTH_ADAM], 40),
 }
+UPDATED = ("full", "v1")
 """Overrides of model and data, and what rows are padded to a multiple of.
 
 With an epsilon far above the gradients Adam's first update is nearly linear in them, so rounding
 stays rounding. With the usual one it is their sign.
 """
 UPDATE_RATE = 0.1
-"""Learning rate of the update of `full`: weights move by some percent."""
+"""Learning rate of the update: weights move by some percent."""
 BUCKET_SIZE = 4096
 """Parameters: the tiny model fills some twenty such buckets, of the default size not one."""
+EVERYTHING = [
+    "parallel.use_distributed_optimizer=true",
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+    "parallel.recompute_granularity=full",
+    "parallel.recompute_method=uniform",
+    "parallel.recompute_num_layers=1",
+]
 FLAGS = {
     "plain": [],
-    "full": [
-        "parallel.use_distributed_optimizer=true",
-        "parallel.overlap_grad_reduce=true",
-        "parallel.overlap_param_gather=true",
-        "parallel.recompute_granularity=full",
-        "parallel.recompute_method=uniform",
-        "parallel.recompute_num_layers=1",
-    ],
+    "full": EVERYTHING,
+    "v1": EVERYTHING,
     "selective": [
         "parallel.use_distributed_optimizer=true",
         "parallel.recompute_granularity=selective",
@@ -165,8 +171,8 @@ def run_layout(layout: Layout | None, variant: str) -> dict[str, Any]:
     with start_runtime(plan) as groups:
         model = _build(plan, groups, variant)
         grad_norm = 0.0
-        if variant == "full":
-            grad_norm = _update(plan, model, groups)
+        if variant in UPDATED:
+            grad_norm = _update(plan, model, groups, variant)
         elif plan.config.parallel.use_distributed_optimizer:
             build_optimizer(plan, model, groups.collection)
         else:
@@ -213,7 +219,7 @@ def _accumulate(plan: Plan, model: Any, groups: Any, variant: str) -> Any:
 
 
 def _build(plan: Plan, groups: Any, variant: str) -> Any:
-    """Return the model chunks, those of `full` with many buckets."""
+    """Return the model chunks, those that are updated with many buckets."""
     from unittest import mock
 
     from ring_train.model import build
@@ -222,25 +228,30 @@ def _build(plan: Plan, groups: Any, variant: str) -> Any:
 
     def make_ddp_config(plan: Plan) -> Any:
         config = original(plan)
-        config.bucket_size = BUCKET_SIZE if variant == "full" else None
+        config.bucket_size = BUCKET_SIZE if variant in UPDATED else None
         return config
 
     with mock.patch.object(build, "make_ddp_config", make_ddp_config):
         return build.build_model(plan, groups.collection)
 
 
-def _update(plan: Plan, model: Any, groups: Any) -> float:
+def _update(plan: Plan, model: Any, groups: Any, variant: str) -> float:
     """Make one update, so that what is compared next follows it; return its gradient norm.
+
+    Where there is a balance loss, the routers are updated too: it reads the loads of this step.
 
     megatron overlaps from the second batch on: in the first it learns which parameters come when,
     and there is nothing to gather yet.
     """
+    from ring_train.model.router import finish_router_step
     from ring_train.train.optimizer import build_optimizer, set_learning_rate
 
     optimizer = build_optimizer(plan, model, groups.collection)
-    _accumulate(plan, model, groups, "full")
+    _accumulate(plan, model, groups, variant)
     set_learning_rate(optimizer, UPDATE_RATE, 0.0)
     outcome: Any = optimizer.step()
+    if plan.config.model.moe_aux_loss_coeff:
+        finish_router_step(model, groups.collection, 0.0)
     optimizer.zero_grad()
     return float(outcome[1])
 

@@ -143,3 +143,13 @@ def padding_of_another_tensor_rank() -> Patches:
         return batch.padding_mask.chunk(self.groups.tp.size())[0][None]
 
     return [mock.patch.object(HybridLanguageModel, "_padding_mask", mask)]
+
+
+def head_norms_of_each_shard() -> Patches:
+    """The head is normalised over the vocabulary of one tensor rank."""
+    from ring_train.model.head import OutputLayer
+
+    def norms(self: Any) -> Any:
+        return self.weight.detach().norm(dim=0)
+
+    return [mock.patch.object(OutputLayer, "channel_norms", norms)]

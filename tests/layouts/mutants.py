@@ -195,6 +195,22 @@ def z_loss_divided_by_local_tokens() -> Patches:
     return [mock.patch.object(step, "begin_router_step", lambda model, n: original(model, n // 2))]
 
 
+def expert_loads_of_this_rank_alone() -> Patches:
+    """The balance loss weighs scores with the counts of one rank."""
+    from ring_train.model import router
+
+    original = router.finish_router_step
+
+    def finish(model: Any, *args: Any) -> Any:
+        own = [found.tokens_per_expert.clone() for found in router.routers(model)]
+        loads = original(model, *args)
+        for found, counts in zip(router.routers(model), own, strict=True):
+            found.expert_load.copy_(router.relative_load(counts))
+        return loads
+
+    return [mock.patch.object(router, "finish_router_step", finish)]
+
+
 def loss_reported_by_this_rank_alone() -> Patches:
     from ring_train.train import step
 
@@ -228,6 +244,7 @@ MUTANTS = {
         _mutant(expert_counts_summed_over_data_ranks_only, _layout(tp=2)),
         _mutant(expert_counts_doubled_by_recomputation, _layout("full")),
         _mutant(z_loss_divided_by_local_tokens, _layout(cp=2)),
+        _mutant(expert_loads_of_this_rank_alone, _layout("v1", dp=2)),
         _mutant(context_faults.mtp_tokens_shifted_by_one_on_later_ranks, _layout(cp=2)),
         _mutant(context_faults.positions_restart_on_each_rank, _layout(cp=2)),
         _mutant(context_faults.labels_cut_without_zigzag, _layout(cp=2)),
@@ -247,6 +264,7 @@ MUTANTS = {
         _mutant(model_faults.partial_sums_of_sharded_experts, _layout(tp=2, etp=2)),
         _mutant(model_faults.chunks_in_the_order_of_ranks, _layout(pp=2, vpp=2)),
         _mutant(model_faults.cross_entropy_of_each_shard_alone, _layout(tp=2)),
+        _mutant(model_faults.head_norms_of_each_shard, _layout("v1", tp=2)),
         _mutant(model_faults.padding_of_another_tensor_rank, _layout("full", tp=2)),
     )
 }

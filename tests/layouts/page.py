@@ -26,7 +26,9 @@ records. Nothing here has run on a GPU: NCCL, CUDA kernels and bf16 are not part
 Variants: `plain` has no flag and one MTP depth; `full` has the distributed optimizer, overlapped
 gradient reduction and parameter gathering in many buckets, full recomputation, two MTP depths and
 padded rows, and is compared after an update, whose gradient norm is compared too (1e-5);
-`selective` has the distributed optimizer, recomputation of every module that can be, and no MTP.
+`selective` has the distributed optimizer, recomputation of every module that can be, and no MTP;
+`v1` is `full` with the first generation (softmax router, balance loss, normalised head, no MTP),
+compared after an update of weights and of expert loads.
 """
 
 

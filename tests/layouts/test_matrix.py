@@ -48,6 +48,8 @@ SAMPLE = {
     "cp4-plain",
     "pp2_ep2_cp2_dp2-full",
     "one_rank-full",
+    "tp2_pp2_ep2-v1",
+    "cp2-v1",
 }
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 ALL = bool(os.environ.get("ALL_LAYOUTS"))

@@ -106,3 +106,13 @@ def test_resume_is_bit_equal_under_every_layout(
     on_ranks(ranks, run_until, cut, END, overrides)
     assert state_at(cut, END) == state_at(whole, END) != state_at(whole, CUT)
     assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_a_balance_loss_that_is_new_starts_from_balanced(on_ranks: OnRanks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (before,) = on_ranks(1, run_until, run, CUT, [*FIRST_GENERATION, "model.moe_aux_loss_coeff=0"])
+    assert not any(key.startswith("load/") for key, _ in before["others"])
+    (after,) = on_ranks(1, run_until, run, END, FIRST_GENERATION)
+    assert sum(key.startswith("load/") for key, _ in after["others"]) == 4
+    lines = [json.loads(line) for line in after["metrics"].splitlines()]
+    assert ["router/balance_loss" in line for line in lines] == [False] * CUT + [True] * CUT

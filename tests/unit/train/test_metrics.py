@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ def test_a_domain_without_tokens_has_no_loss() -> None:
 def test_expert_load(counts: list[int], expected: dict[str, float]) -> None:
     figures: dict[str, Any] = load_figures(result(counts))[2]
     assert figures == pytest.approx({**expected, "z_loss": 4.0})
+
+
+def test_the_balance_loss_is_a_figure_where_it_is_trained_with() -> None:
+    step = result([1, 1])
+    assert "router/balance_loss" not in step_metrics(step, ["code", "prose"], load_figures(step))
+    loads = {2: replace(step.loads[2], balance_loss=torch.tensor(1.5))}
+    step = replace(step, loads=loads)
+    record = step_metrics(step, ["code", "prose"], load_figures(step))
+    assert record["router/balance_loss"] == 1.5
 
 
 def test_figures_of_routers_are_means_over_layers() -> None:
