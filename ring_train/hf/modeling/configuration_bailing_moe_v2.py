@@ -36,6 +36,7 @@ class BailingMoeV2Config(PretrainedConfig):
         "routed_scaling_factor",
         "moe_intermediate_size",
         "moe_shared_expert_intermediate_size",
+        "num_shared_experts",
     )
     only_values: ClassVar[dict[str, Any]] = {
         "hidden_act": "silu",

@@ -197,7 +197,7 @@ class BailingMoeV2SparseMoeBlock(nn.Module):
 
 def sparse_mlp(config: BailingMoeV2Config) -> BailingMoeV2SparseMoeBlock:
     """Return the mixture of experts of one layer."""
-    shared_size = config.moe_shared_expert_intermediate_size
+    shared_size = config.num_shared_experts * config.moe_shared_expert_intermediate_size
     return BailingMoeV2SparseMoeBlock(config, BailingMoeV2Gate(config), shared_size)
 
 

@@ -170,3 +170,13 @@ def test_engines_find_the_rope_base_in_the_config(ring: Path, scaling: dict | No
     if hasattr(type(config), "rope_scaling"):
         assert config.rope_parameters == {**kind, "rope_theta": 1_000_000}
     assert config.to_dict()["rope_scaling"] == scaling
+
+
+def test_shared_experts_are_one_mlp_of_their_widths_together(ring: Path) -> None:
+    """Two of half the width are the tensors of one; the config gives the width of one of them."""
+    before = load(ring).state_dict()
+    width = json.loads((ring / "config.json").read_text())["moe_shared_expert_intermediate_size"]
+    edit_config(ring, num_shared_experts=2, moe_shared_expert_intermediate_size=width // 2)
+    after = load(ring).state_dict()
+    assert {name: x.shape for name, x in after.items()} == {n: x.shape for n, x in before.items()}
+    assert all(torch.equal(after[name], x) for name, x in before.items())
