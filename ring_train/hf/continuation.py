@@ -4,6 +4,7 @@ This runs the Python files of the folder, unless told otherwise only those that 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -18,14 +19,15 @@ from ring_train.hf.remote_code import check_remote_code
 def continue_prompt(config: GenerateConfig) -> str:
     """Return the prompt followed by what the model writes, special tokens left out.
 
-    Runs on the CUDA device in the dtype of the folder if there is one, else on the CPU in fp32.
+    Runs on the CUDA device in the dtype of the folder if there is one, else on the CPU in fp32;
+    block FP8 becomes bf16 there.
     The same seed gives the same text on the same machine.
 
     Raises:
         HfError: not a folder of a known family with modeling files, or nothing to continue.
     """
     folder = Path(config.hf_dir)
-    _check(folder, config)
+    raw = _read_checked(folder, config)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -34,7 +36,7 @@ def continue_prompt(config: GenerateConfig) -> str:
         folder,
         trust_remote_code=True,
         use_safetensors=True,
-        dtype="auto" if has_cuda else torch.float32,
+        dtype="auto" if has_cuda or "quantization_config" in raw else torch.float32,
     )
     model = model.to("cuda" if has_cuda else "cpu").eval()
     ids = tokenizer(config.prompt, return_tensors="pt").input_ids.to(model.device)
@@ -55,8 +57,8 @@ def continue_prompt(config: GenerateConfig) -> str:
     return text
 
 
-def _check(folder: Path, config: GenerateConfig) -> None:
-    """Raise for what transformers would report less clearly."""
+def _read_checked(folder: Path, config: GenerateConfig) -> dict[str, Any]:
+    """Return `config.json`; raise for what transformers would report less clearly."""
     raw = read_json(folder / "config.json")
     check_remote_code(folder, raw, trusted=config.trust_remote_code)
     limits = {
@@ -67,3 +69,4 @@ def _check(folder: Path, config: GenerateConfig) -> None:
     problems = [text for text, is_wrong in limits.items() if is_wrong]
     if problems:
         raise HfError("; ".join(problems))
+    return raw

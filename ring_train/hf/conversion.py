@@ -21,6 +21,7 @@ from ring_train.hf.errors import HfError
 from ring_train.hf.family import family_of
 from ring_train.hf.fp8 import FP8_NAME
 from ring_train.hf.layer_pattern import layer_pattern_problems, with_layer_pattern
+from ring_train.hf.mtp import mtp_place
 from ring_train.hf.reader import open_hf_folder
 from ring_train.hf.shards import read_model_files
 from ring_train.hf.table import make_table
@@ -106,7 +107,7 @@ def convert_folder(conversion: Conversion, config: ConvertConfig, ranks: Ranks =
             config.output,
             conversion.target,
             read,
-            form=HfFormat(weights=conversion.precision),
+            form=HfFormat(weights=conversion.precision, mtp=mtp_place(Path(config.hf_dir))),
             tokenizer_dir=conversion.tokenizer,
             ranks=ranks,
         )

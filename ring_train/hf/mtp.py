@@ -7,8 +7,10 @@ k there, and layer L + k where it lies behind the L layers of the trunk.
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
+from ring_train.config import MtpExport
 from ring_train.hf.fp8 import quantization_dict
 from ring_train.hf.table import Entry
 
@@ -34,6 +36,11 @@ def mtp_table(table: dict[str, Entry], num_layers: int) -> dict[str, Entry]:
 def moved(hf_name: str, num_layers: int) -> str:
     """Return the name of a tensor whose layer is so many further on."""
     return LAYER.sub(lambda found: f"model.layers.{int(found[1]) + num_layers}.", hf_name)
+
+
+def mtp_place(folder: Path) -> MtpExport:
+    """Return where a folder has its MTP layers, if it has any."""
+    return MtpExport.separate if (folder / MTP_FOLDER).is_dir() else MtpExport.layer
 
 
 def mtp_config(config: dict[str, Any]) -> dict[str, Any]:

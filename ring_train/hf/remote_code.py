@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ring_train.hf.errors import HfError
-from ring_train.hf.family import FAMILIES, family_of
+from ring_train.hf.family import FAMILIES, Family, family_of
+
+CODE_SUFFIXES = (".py", ".pyc", ".so")
+"""Of files that Python can import."""
 
 
 def check_remote_code(folder: Path, raw: dict[str, Any], *, trusted: bool) -> None:
@@ -23,11 +26,7 @@ def check_remote_code(folder: Path, raw: dict[str, Any], *, trusted: bool) -> No
         )
     if trusted:
         return
-    foreign = [
-        path.name
-        for path in family.modeling_files
-        if not _same(folder / path.name, path.read_bytes())
-    ]
+    foreign = foreign_code(folder, family)
     if raw["auto_map"] != family.auto_map:
         foreign.insert(0, f"auto_map={raw['auto_map']!r}")
     if foreign:
@@ -35,6 +34,21 @@ def check_remote_code(folder: Path, raw: dict[str, Any], *, trusted: bool) -> No
             f"{folder} would run Python that is not ring_train's own: {', '.join(foreign)}; export "
             "it again with this version, or add trust_remote_code=true if you trust the folder"
         )
+
+
+def foreign_code(folder: Path, family: Family) -> list[str]:
+    """Return the code in a folder that is not of its family's export, byte by byte.
+
+    Everything is looked at: `from_pretrained` also runs files that no config names, such as
+    custom_generate/generate.py.
+    """
+    ours = {path.name: path.read_bytes() for path in family.modeling_files}
+    names = [name for name, content in ours.items() if not _same(folder / name, content)]
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix in CODE_SUFFIXES and name not in ours:
+            names.append(name)
+    return names
 
 
 def _same(path: Path, content: bytes) -> bool:

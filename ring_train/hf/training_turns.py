@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from data_pipeline.chat.encoder import ChatEncoder, open_chat_encoder
 from data_pipeline.chat.options import ChatFault, ChatOptions
 from data_pipeline.config import PipelineError
+
+logger = logging.getLogger(__name__)
 
 SHORTEST = {
     "messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}],
@@ -48,7 +51,10 @@ def training_turns(
 def end_of_turn(folder: Path, end_of_document: int) -> int | None:
     """Return the special token that ends an answer by a folder's chat template, if one does."""
     turns = training_turns(folder, [SHORTEST], end_of_document)
-    return None if isinstance(turns, str) else turns[0].answer_ids[-1]
+    if isinstance(turns, str):
+        logger.warning("%s: no token ends an answer in chat: %s", folder, turns)
+        return None
+    return turns[0].answer_ids[-1]
 
 
 def _last_turn(encoder: ChatEncoder, item: Mapping[str, Any], end_of_document: int) -> TrainingTurn:

@@ -75,6 +75,11 @@ def write_hf_folder(
     Raises:
         UserError: with nothing left behind and `output` as it was.
     """
+    if form.max_shard_bytes < 1:
+        raise HfError(
+            f"max_shard_bytes={form.max_shard_bytes}, but a file holds at least one byte; leave it "
+            f"out for {MAX_SHARD_BYTES}"
+        )
     if form.mtp is MtpExport.none:
         model = dataclasses.replace(model, mtp_num_layers=0)
     configs = folder_configs(model, form)
@@ -128,12 +133,28 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
     missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
     if missing:
         raise HfError(f"tokenizer folder {folder} lacks {', '.join(missing)}; give a complete one")
-    largest = max(Tokenizer.from_file(str(folder / TOKENIZER_FILES[0])).get_vocab().values())
+    if not isinstance(_tokenizer_config(folder), dict):
+        raise HfError(f"{folder / TOKENIZER_FILES[1]} holds no object; give a complete tokenizer")
+    try:
+        vocabulary = Tokenizer.from_file(str(folder / TOKENIZER_FILES[0])).get_vocab()
+    except Exception as error:  # the library raises no narrower class
+        raise HfError(
+            f"{folder / TOKENIZER_FILES[0]} is no tokenizer ({error}); give a complete one"
+        ) from None
+    largest = max(vocabulary.values())
     if largest >= model.vocab_size:
         raise HfError(
             f"{folder / TOKENIZER_FILES[0]} has token id {largest}, but model.vocab_size="
             f"{model.vocab_size}; export with the tokenizer of the training data"
         )
+
+
+def _tokenizer_config(folder: Path) -> Any:
+    path = folder / TOKENIZER_FILES[1]
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HfError(f"{path} is not JSON ({error}); give a complete tokenizer") from None
 
 
 def _write_shards(
@@ -174,8 +195,7 @@ def _copy_files(folder: Path, tokenizer_dir: Path, model: ModelConfig) -> None:
     for name in (*TOKENIZER_FILES, *OPTIONAL_TOKENIZER_FILES):
         if (tokenizer_dir / name).is_file():
             shutil.copyfile(tokenizer_dir / name, folder / name)
-    tokenizer_config = json.loads((folder / TOKENIZER_FILES[1]).read_text(encoding="utf-8"))
-    if "chat_template" not in tokenizer_config and not (folder / CHAT_TEMPLATE).exists():
+    if "chat_template" not in _tokenizer_config(folder) and not (folder / CHAT_TEMPLATE).exists():
         shutil.copyfile(MODELING_DIR / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
     for path in FAMILIES[model.architecture].modeling_files:
         shutil.copyfile(path, folder / path.name)

@@ -94,6 +94,7 @@ def make_truth(
     """Return the record of what a model has to mean."""
     from ring_train.hf.certificate.conversations import CONVERSATIONS
     from ring_train.hf.certificate.verify import Truth
+    from ring_train.hf.mtp import mtp_place
     from ring_train.hf.training_turns import training_turns
 
     hf_dir = Path(config.hf_dir)
@@ -123,13 +124,6 @@ def make_truth(
         end_of_turn=None if isinstance(turns, str) else turns[0].answer_ids[-1],
         tokenizer=tokenizer if has_own and read is not None else None,
     )
-
-
-def mtp_place(folder: Path) -> MtpExport:
-    """Return where a folder has its MTP layers, if it has any."""
-    from ring_train.hf.mtp import MTP_FOLDER
-
-    return MtpExport.separate if (folder / MTP_FOLDER).is_dir() else MtpExport.layer
 
 
 def weights_digest(weights: CheckpointWeights) -> str:

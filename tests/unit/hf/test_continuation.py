@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from ring_train.config import GenerateConfig
+from ring_train.config import GenerateConfig, WeightFormat
+from ring_train.hf.config import read_model_config
 from ring_train.hf.continuation import continue_prompt
 from ring_train.hf.errors import HfError
+from ring_train.hf.reader import open_hf_folder
+from ring_train.hf.writer import HfFormat, write_hf_folder
 from ring_train.jobs import generate
 from tests.unit.hf.conftest import GOLDEN
 
@@ -93,7 +96,6 @@ def test_the_chat_template_lays_out_turns_as_the_family_does(exported: dict[str,
 
 def test_a_tokenizers_own_chat_template_is_kept(exported: dict[str, Path], tmp_path: Path) -> None:
     from ring_train.hf import writer
-    from ring_train.hf.config import read_model_config
 
     own = tmp_path / "tokenizer"
     shutil.copytree(GOLDEN / "ling_v2", own)
@@ -123,6 +125,30 @@ def test_python_that_is_not_ours_runs_only_if_asked_for(
     assert trace.exists()
 
 
+@pytest.mark.parametrize("name", ["custom_generate/generate.py", "extra.py", "deep/er/x.so"])
+def test_code_that_no_config_names_is_refused(
+    exported: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder, trace = tmp_path / "folder", tmp_path / "trace"
+    shutil.copytree(exported["ling_v2"], folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(RUN.format(path=str(trace)) + "def generate(*a, **k): pass")
+    with pytest.raises(HfError, match=f"not ring_train's own: {name};"):
+        continued(folder)
+    assert not trace.exists()
+
+
+def test_block_fp8_is_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "fp8"
+    model = read_model_config(GOLDEN / "ling_v2")
+    with open_hf_folder(GOLDEN / "ling_v2", model) as reader:
+        form = HfFormat(weights=WeightFormat.fp8)
+        write_hf_folder(
+            folder, model, reader.read_logical, form=form, tokenizer_dir=GOLDEN / "ling_v2"
+        )
+    assert len(continued(folder)) > len("ab")
+
+
 @pytest.mark.parametrize(
     "place", ["other_file.BailingMoeV2Config", "other/repository--configuration.Config"]
 )
@@ -142,9 +168,7 @@ def test_no_other_command_runs_or_unpickles_what_lies_in_a_folder(
     exported: dict[str, Path], tmp_path: Path
 ) -> None:
     """Config, tokenizer and weights are read past a hostile Python file and a hostile pickle."""
-    from ring_train.hf.config import read_model_config
     from ring_train.hf.prompts import PromptTokenizer
-    from ring_train.hf.reader import open_hf_folder
 
     folder, trace = tmp_path / "folder", tmp_path / "trace"
     shutil.copytree(exported["ling_v2"], folder)

@@ -19,6 +19,7 @@ from ring_train.config import (
     ConvertConfig,
     DecayLayerRule,
     ModelConfig,
+    MtpExport,
     NewGates,
     NewRows,
     WeightFormat,
@@ -29,6 +30,7 @@ from ring_train.hf.conversion import convert_folder, make_conversion
 from ring_train.hf.errors import HfError
 from ring_train.hf.layer_pattern import expand_key_values, layer_pattern_problems, pool_key_values
 from ring_train.hf.reader import open_hf_folder
+from ring_train.hf.shards import read_stored
 from ring_train.hf.table import _qkv_head_order, make_table
 from ring_train.hf.vocabulary import VocabularyChange, change_rows
 from ring_train.hf.writer import HfFormat, write_hf_folder
@@ -352,3 +354,16 @@ def test_memory_of_a_conversion_is_that_of_a_few_tensors(tmp_path: Path) -> None
     convert(tmp_path / "softmax", tmp_path / "out", **pattern)
     grown = resident_bytes("VmHWM") - before
     assert grown < bound, f"{grown} of {sum(sizes)} bytes"
+
+
+def test_mtp_layers_stay_where_they_are(tmp_path: Path) -> None:
+    apart = tmp_path / "apart"
+    model = read_model_config(LING)
+    with open_hf_folder(LING, model) as reader:
+        form = HfFormat(weights=WeightFormat.fp32, mtp=MtpExport.separate)
+        write_hf_folder(apart, model, reader.read_logical, form=form, tokenizer_dir=LING)
+    converted = convert(apart, tmp_path / "out", layer_group_size=2, group_norm_size=2)
+    assert (converted / "mtp" / "config.json").is_file()
+    assert read_model_config(converted).mtp_num_layers == 1
+    trunk = read_stored(converted)
+    assert not [name for name in trunk if name.startswith("model.layers.4.")]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,34 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny: ModelConfig, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     match = "lacks tokenizer.json, tokenizer_config.json"
     assert_refused(tmp_path / "out", tiny, match, tokenizer_dir=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("tokenizer_config.json", "{", "is not JSON"),
+        ("tokenizer_config.json", "[1]", "holds no object"),
+        ("tokenizer.json", "{", "is no tokenizer"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_before_weights_are_read(
+    tiny: ModelConfig, tmp_path: Path, name: str, content: str, match: str
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, folder)
+    for path in (folder, folder / name):
+        path.chmod(0o755)
+    (folder / name).write_text(content)
+
+    def read(name: str) -> Tensor:
+        pytest.fail(f"{name} was read")
+
+    assert_refused(tmp_path / "out", tiny, f"{name} {match}", tokenizer_dir=folder, read=read)
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_files_of_no_size_are_refused(tiny: ModelConfig, tmp_path: Path, limit: int) -> None:
+    assert_refused(tmp_path / "out", tiny, f"max_shard_bytes={limit}", max_shard_bytes=limit)
 
 
 def test_who_may_read_the_config_may_read_the_weights(exported: dict[str, Path]) -> None:
