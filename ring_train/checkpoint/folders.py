@@ -7,6 +7,7 @@ is never half of one.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ring_train.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, read_manifest
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
 PARTIAL_SUFFIX = ".partial"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
@@ -68,7 +71,7 @@ def find_checkpoint(folder: Path, key: str) -> Path:
     if (folder / MANIFEST_FILE).is_file():
         read_manifest(folder)
         return folder
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     newest = newest_step(checkpoints) if whole_steps(checkpoints) else None
     if newest is None:
         raise CheckpointError(
@@ -76,6 +79,20 @@ def find_checkpoint(folder: Path, key: str) -> Path:
             "name RUN_DIR or RUN_DIR/checkpoints/step_00000100"
         )
     return step_path(checkpoints, newest)
+
+
+def checkpoint_around(path: Path) -> Path | None:
+    """Return the checkpoint or the folder of checkpoints that a path lies in or is, if any.
+
+    What lies there is removed with the checkpoint, or taken for one. The path need not exist; it
+    is followed both as written and with its symbolic links resolved.
+    """
+    spellings = (Path(os.path.abspath(path)), Path(os.path.realpath(path)))  # neither raises
+    for folder in (above for spelling in spellings for above in (spelling, *spelling.parents)):
+        holds_steps = folder.name == CHECKPOINTS and any(step_folders(folder))
+        if holds_steps or all((folder / name).is_file() for name in (MANIFEST_FILE, CONFIG_FILE)):
+            return folder
+    return None
 
 
 def step_path(folder: Path, step: int) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ring_train.checkpoint.decay_curves import checkpoint_weights
 from ring_train.checkpoint.errors import CheckpointError
 from ring_train.checkpoint.folders import (
     PARTIAL_SUFFIX,
+    checkpoint_around,
     is_whole,
     partial_path,
     remove_leftover,
@@ -191,11 +193,13 @@ def check_output(output: Path, folders: Sequence[Path]) -> None:
     """Raise CheckpointError unless a merge of these checkpoints may appear at `output`."""
     if output.is_symlink() or (output.exists() and not (output.is_dir() and _is_empty(output))):
         raise CheckpointError(f"output={output} exists; choose a new path or remove it yourself")
-    checkpoints = folders[0].resolve().parent
-    if output.resolve().parent == checkpoints:
+    checkpoints = Path(os.path.realpath(folders[0].parent))
+    is_among = checkpoints in Path(os.path.realpath(output)).parents
+    around = checkpoints if is_among else checkpoint_around(output)
+    if around is not None:
         raise CheckpointError(
-            f"output={output} lies among the checkpoints of the run, which would be resumed from "
-            f"it without its optimizer; choose a path outside of {checkpoints}"
+            f"output={output} lies in {around}, among or inside checkpoints of a run, which would "
+            f"resume from it without its optimizer, or remove it; choose a path outside of {around}"
         )
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from ring_train.checkpoint import CheckpointError
 from ring_train.checkpoint.folders import (
+    checkpoint_around,
     find_checkpoint,
     newest_step,
     retain,
@@ -59,3 +60,22 @@ def test_a_run_folder_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> 
     for damaged in (tmp_path, step_path(folder, 2)):
         with pytest.raises(CheckpointError, match=f"{NAME} is missing"):
             find_checkpoint(damaged, "folder")
+
+
+def test_what_lies_in_a_checkpoint_or_among_checkpoints_is_known(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    one, copied = step_path(checkpoints, 1), tmp_path / "copied"
+    assert checkpoint_around(checkpoints / "new") is None  # no run
+    for folder in (one, copied):
+        write_checkpoint(folder)
+    assert checkpoint_around(one / "in" / "side") == one
+    assert checkpoint_around(checkpoints / "new" / "one") == checkpoints
+    assert checkpoint_around(checkpoints) == checkpoints
+    assert checkpoint_around(copied / "new") == copied
+    (tmp_path / "link").symlink_to(one)
+    assert checkpoint_around(tmp_path / "link" / "in") == tmp_path / "link"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("run/export", "run/checkpoints/../export", "loop/export", "checkpoints"):
+        assert checkpoint_around(tmp_path / path) is None
+    (tmp_path / "manifest.json").touch()  # other folders have one too
+    assert checkpoint_around(tmp_path / "export") is None

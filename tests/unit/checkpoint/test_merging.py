@@ -298,10 +298,22 @@ def test_an_output_that_is_in_the_way_stays(run_dir: Path) -> None:
     for output in (run_dir / "file", run_dir, folders[0]):
         with pytest.raises(CheckpointError, match=r"exists; choose a new path"):
             check_output(output, folders)
-    with pytest.raises(CheckpointError, match="lies among the checkpoints of the run"):
-        check_output(run_dir / "checkpoints" / "step_00000031", folders)
+    for name in ("step_00000031", "of_mine", "step_00000010/in", "of/mine", "../checkpoints/x"):
+        output = run_dir / "checkpoints" / name
+        with pytest.raises(CheckpointError, match=r"lies in .*/checkpoints\S*, among or inside"):
+            check_output(output, folders)
     (run_dir / "empty").mkdir()
     assert read_manifest(merge(run_dir, run_dir / "empty")).step == 30
+
+
+def test_an_output_does_not_reach_checkpoints_by_links(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    (run_dir / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "step_00000010")
+    folders = choose_checkpoints(run_dir, 3, None)
+    for output in (tmp_path / "elsewhere" / "of_mine", tmp_path / "link" / "in"):
+        with pytest.raises(CheckpointError, match="among or inside checkpoints"):
+            check_output(output, folders)
 
 
 def test_a_rate_that_was_not_constant_is_noted() -> None:
