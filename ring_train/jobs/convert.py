@@ -9,12 +9,14 @@ the ranks share the files.
 import sys
 
 from ring_train.config import ConvertConfig, compose
+from ring_train.jobs.output_place import check_output_place
 from ring_train.runtime.errors import run_job
 
 
 def main(overrides: list[str]) -> None:
     """Convert the folder that the overrides name."""
     config: ConvertConfig = compose("convert", overrides)
+    check_output_place(config.output)
 
     from ring_train.hf.conversion import convert_folder, make_conversion
     from ring_train.runtime.ranks import start_ranks

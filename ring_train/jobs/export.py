@@ -27,6 +27,7 @@ from ring_train.config import (
     read_yaml,
 )
 from ring_train.errors import UserError
+from ring_train.jobs.output_place import check_output_place
 from ring_train.plan import Plan, make_plan, model_at
 from ring_train.runtime.errors import run_job
 
@@ -43,6 +44,7 @@ def main(overrides: list[str]) -> None:
     from ring_train.checkpoint import find_checkpoint
 
     folder = find_checkpoint(Path(config.checkpoint), "checkpoint")
+    check_output_place(config.output)
     plan = export_plan(folder, config)
     export(plan, folder, config)
 

@@ -117,6 +117,17 @@ def test_a_rule_that_contradicts_the_checkpoint_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["step_00000099", "step_00000008/hf"])
+def test_an_output_among_checkpoints_is_refused(
+    place: str, trained: Path, on_ranks: OnRanks
+) -> None:
+    output = trained / "checkpoints" / place
+    outcome = run_job(on_ranks, 1, "export", [f"checkpoint={trained}", f"output={output}"])
+    assert outcome.status == 2
+    assert "choose a path outside" in outcome.stderr
+    assert not output.exists()
+
+
 def test_an_existing_folder_is_left_alone(trained: Path, exported: Path, on_ranks: OnRanks) -> None:
     before = contents(exported)
     outcome = run_job(on_ranks, 1, "export", [f"checkpoint={trained}", f"output={exported}"])
