@@ -18,6 +18,9 @@ from ring_train.hf.keys import DECAY_RULE, yarn_problems
 from ring_train.hf.mtp import MTP_FOLDER
 from ring_train.plan import context_tokens
 
+LEAST_DIGITS_OF_FLOATS = 19
+"""Of numbers in JSON that might not fit into 64 bits; Python reads no integers of 4301 digits."""
+
 
 def read_model_config(
     folder: str | Path, decay_layer_rule: DecayLayerRule | None = None
@@ -46,7 +49,7 @@ def read_model_config(
         said |= row.read(raw)
     model = ModelConfig(architecture=architecture, **said, **family.fixed, **family.unsaid)
     model = dataclasses.replace(model, mtp_num_layers=model.mtp_num_layers or _separate_mtp(path))
-    problems = family_problems(model)
+    problems = family_problems(model) + _head_problems(model)
     if problems:
         raise HfError(f"{path}: {'; '.join(problems)}; this is not a folder of its family")
     return model
@@ -76,6 +79,19 @@ def _with_rotary_factor(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "partial_rotary_factor": channels / width}
 
 
+def _head_problems(model: ModelConfig) -> list[str]:
+    """Return why heads cannot be laid out; `make_table` counts on it."""
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    facts = {
+        f"hidden_size={model.hidden_size} leaves no channel to one of num_attention_heads="
+        f"{heads}": model.kv_channels == 0,
+        f"num_attention_heads={heads} is not divisible by num_key_value_heads={groups}": (
+            heads % groups != 0
+        ),
+    }
+    return [text for text, is_wrong in facts.items() if is_wrong]
+
+
 def _key_problems(raw: dict[str, Any], family: Family) -> list[str]:
     """Return what is missing, no number, or not implemented, one line each."""
     missing, wrong = [], []
@@ -94,14 +110,19 @@ def _key_problems(raw: dict[str, Any], family: Family) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise HfError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except FileNotFoundError as error:
         raise HfError(f"{path} does not exist; give a Hugging Face model folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HfError(f"{path} is not readable JSON ({error}); copy the folder again") from error
     if not isinstance(value, dict):
         raise HfError(f"{path} holds a {type(value).__name__}, not an object; copy it again")
     return value
+
+
+def _integer(text: str) -> int | float:
+    """Return a number of JSON; beyond 64 bits it is a float or infinite, as many readers do it."""
+    return int(text) if len(text) < LEAST_DIGITS_OF_FLOATS else float(text)
 
 
 def _decay_rule(

@@ -22,9 +22,8 @@ from ring_train.hf.family import family_of
 from ring_train.hf.fp8 import FP8_NAME
 from ring_train.hf.layer_pattern import layer_pattern_problems, with_layer_pattern
 from ring_train.hf.mtp import mtp_place
-from ring_train.hf.reader import open_hf_folder
+from ring_train.hf.reader import make_folder_table, open_hf_folder
 from ring_train.hf.shards import read_model_files
-from ring_train.hf.table import make_table
 from ring_train.hf.vocabulary import VocabularyChange, make_vocabulary_change, with_vocabulary
 from ring_train.hf.writer import HfFormat, write_hf_folder
 from ring_train.plan.layers import token_mixers
@@ -188,7 +187,7 @@ def _norm_problems(source: ModelConfig, config: ConvertConfig, group: int) -> li
 def _stored_precision(folder: Path, model: ModelConfig) -> WeightFormat:
     """Return the dtype that all weights of a folder have."""
     stored = read_model_files(folder, model.num_layers)
-    table = make_table(model).values()
+    table = make_folder_table(folder, model, stored).values()
     names = [name for entry in table if not entry.fp32 for name in entry.hf if name in stored]
     dtypes = {stored[name].dtype for name in names}
     if FP8_NAME in dtypes:

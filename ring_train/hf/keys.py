@@ -19,6 +19,17 @@ Raw = dict[str, Any]
 """A parsed `config.json`, or a part of one."""
 
 YARN_KEYS = ("factor", "original_max_position_embeddings")
+MAY_BE_ZERO = frozenset(
+    {
+        *("first_k_dense_replace", "num_nextn_predict_layers", "mtp_loss_scaling_factor"),
+        *("eos_token_id", "pad_token_id", "bos_token_id", "rms_norm_eps", "initializer_range"),
+    }
+)
+"""The other numbers are above 0."""
+MOST = {"num_hidden_layers": 2**16, "num_attention_heads": 2**16, "partial_rotary_factor": 1}
+"""Lists of layers and heads are made before the weights are looked at, hence their bounds."""
+MOST_OF_ALL = 2**31 - 1
+"""Of the other numbers; transformers and serving engines count in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,7 @@ class Keys:
     fields: tuple[str, ...]
     """Of ModelConfig."""
     required: Mapping[str, type] = field(default_factory=dict)
-    """Keys that a folder must have: int or float, and not negative."""
+    """Keys that a folder must have: int or float; see MAY_BE_ZERO and MOST."""
     optional: Mapping[str, type] = field(default_factory=dict)
     """Keys that may be absent or null."""
     read: Callable[[Raw], dict[str, Any]]
@@ -44,19 +55,25 @@ class Keys:
     def problems(self, raw: Raw) -> tuple[list[str], list[str]]:
         """Return (keys that are missing, what is wrong with the others) in a folder."""
         missing = [name for name in self.required if raw.get(name) is None]
-        wrong = []
-        for name, kind in (*self.required.items(), *self.optional.items()):
-            value = raw.get(name)
-            if value is None or kind is object:
-                continue
-            if kind is bool:
-                if not isinstance(value, bool):
-                    wrong.append(f"{name}={value!r} is not true or false")
-            elif isinstance(value, bool) or not isinstance(value, (int, kind)):
-                wrong.append(f"{name}={value!r} is not a number")
-            elif not (value >= 0 and math.isfinite(value)):
-                wrong.append(f"{name}={value!r} is negative or not finite")
-        return missing, wrong
+        problems = [
+            _value_problem(name, raw[name], kind)
+            for name, kind in (*self.required.items(), *self.optional.items())
+            if raw.get(name) is not None and kind is not object
+        ]
+        return missing, [problem for problem in problems if problem]
+
+
+def _value_problem(name: str, value: Any, kind: type) -> str | None:
+    """Return what is wrong with the value of a key."""
+    if kind is bool:
+        return None if isinstance(value, bool) else f"{name}={value!r} is not true or false"
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        whole = "whole " if isinstance(value, float) else ""
+        return f"{name}={value!r} is not a {whole}number"
+    may_be_zero, most = name in MAY_BE_ZERO, MOST.get(name, MOST_OF_ALL)
+    if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+        return f"{name}={value!r} is {'negative' if may_be_zero else 'not positive'} or not finite"
+    return f"{name}={value!r} is more than {most}" if value > most else None
 
 
 def same(name: str, model_field: str, kind: type = int) -> Keys:
@@ -180,7 +197,7 @@ def yarn_problems(scaling: Any) -> list[str]:
     )
     kind = scaling.get("rope_type", scaling.get("type")) if numbers else None
     others = set(scaling) - {*YARN_KEYS, "rope_type", "type"} if numbers else set()
-    sound = all(type(x) in (int, float) and math.isfinite(x) and x > 1 for x in numbers.values())
+    sound = all(type(x) in (int, float) and 1 < x <= MOST_OF_ALL for x in numbers.values())
     if kind == "yarn" and not others and sound:
         return []
     return [

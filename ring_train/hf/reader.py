@@ -68,10 +68,10 @@ def open_hf_folder(folder: str | Path, model: ModelConfig) -> Iterator[HfReader]
 
     Raises:
         HfError: a tensor is missing, extra, misshapen or of a dtype that is not read; or see
-            `read_stored`.
+            `make_folder_table` and `read_stored`.
     """
     stored = read_model_files(Path(folder), model.num_layers)
-    table = make_table(model)
+    table = make_folder_table(folder, model, stored)
     problems = table_problems(table, stored)
     if problems:
         raise HfError(
@@ -79,6 +79,39 @@ def open_hf_folder(folder: str | Path, model: ModelConfig) -> Iterator[HfReader]
             "export it again or correct config.json"
         )
     yield HfReader(table, stored)
+
+
+def make_folder_table(
+    folder: str | Path, model: ModelConfig, stored: dict[str, Stored]
+) -> dict[str, Entry]:
+    """Return the table of a model, unless its folder is by far too small for it.
+
+    A table is as large as its model, whatever the folder holds.
+
+    Raises:
+        HfError: there are fewer tensors than layers and experts, or a size is larger than any
+            tensor.
+    """
+    layers, experts = model.num_layers + model.mtp_num_layers, model.num_moe_experts or 0
+    tensors = layers + max(0, layers - model.first_k_dense_replace) * experts
+    widest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+    }
+    problems = [f"{key}={n}, but no tensor is so wide" for key, n in sizes.items() if n > widest]
+    if tensors > len(stored):
+        problems.append(
+            f"num_hidden_layers={model.num_layers}, num_nextn_predict_layers="
+            f"{model.mtp_num_layers} and num_experts={experts} need more than {tensors} tensors, "
+            f"but there are {len(stored)}"
+        )
+    if problems:
+        raise HfError(
+            f"{folder} does not hold the model of its config.json: {'; '.join(problems)}; export "
+            "it again or correct config.json"
+        )
+    return make_table(model)
 
 
 def table_problems(table: dict[str, Entry], stored: dict[str, Stored]) -> list[str]:

@@ -13,7 +13,7 @@ from ring_train.config import ModelConfig, WeightFormat
 from ring_train.hf.errors import HfError
 from ring_train.hf.fp8 import SCALE_SUFFIX, dequantize
 from ring_train.hf.parts import PartReader, folder_parts
-from ring_train.hf.reader import table_problems
+from ring_train.hf.reader import make_folder_table, table_problems
 from ring_train.hf.shards import read_model_files
 from ring_train.hf.table import make_table
 from ring_train.storage.errors import StorageError
@@ -39,7 +39,8 @@ def compare_tensors(
     Raises:
         HfError: the files of the folder are not sound.
     """
-    stored, table = read_model_files(folder, model.num_layers), make_table(model)
+    stored = read_model_files(folder, model.num_layers)
+    table = make_folder_table(folder, model, stored)
     differences = table_problems(table, stored)
     dtypes = {part.described.name: part.described.dtype for part in folder_parts(table, weights)}
     num_bytes = 0

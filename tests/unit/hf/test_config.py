@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from ring_train.hf.config import (
     read_model_config,
 )
 from ring_train.hf.errors import HfError
-from ring_train.hf.family import DERIVED_FIELDS, FAMILIES
-from tests.unit.hf.conftest import GOLDEN
+from ring_train.hf.family import DERIVED_FIELDS, FAMILIES, family_of
+from ring_train.hf.keys import MAY_BE_ZERO
+from tests.unit.hf.conftest import GOLDEN, RULES
 
 GoldenCopy = Callable[[str], Path]
 
@@ -211,6 +213,78 @@ def test_what_the_trainer_does_not_implement_is_refused(
     folder = golden_copy(name)
     edit(folder, **values)
     with pytest.raises(HfError, match=match):
+        read_model_config(folder)
+
+
+POSITIVE = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "num_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "max_position_embeddings", "rope_theta", "head_dim"),
+    *("partial_rotary_factor", "routed_scaling_factor", "n_group", "topk_group"),
+    *("num_shared_experts", "moe_shared_expert_intermediate_size"),
+    *("layer_group_size", "group_norm_size"),
+)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_number_is_positive_or_may_be_zero(
+    golden_copy: GoldenCopy, tmp_path: Path, name: str
+) -> None:
+    """Every key is bad at once, and each is named with its value."""
+    raw = json.loads((GOLDEN / name / "config.json").read_text())
+    folder = golden_copy(name)
+    family = FAMILIES[family_of(tmp_path, raw)]
+    numbers = {
+        key
+        for row in family.keys
+        for key, kind in {**row.required, **row.optional}.items()
+        if kind in (int, float)
+    }
+    assert numbers - MAY_BE_ZERO == numbers & set(POSITIVE)
+    for value in (0, -1, math.nan, math.inf):
+        edit(folder, **dict.fromkeys(numbers, value))
+        with pytest.raises(HfError) as caught:
+            read_model_config(folder, RULES[name])
+        for key in numbers - MAY_BE_ZERO if value == 0 else numbers:
+            assert f"{key}={value!r} is " in str(caught.value)
+
+
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "match"),
+    [
+        ("num_attention_heads", HUGE, "num_attention_heads=inf is not a whole number"),
+        ("rope_theta", HUGE, "rope_theta=inf is not positive or not finite"),
+        ("rope_theta", HUGE[:400], "rope_theta=inf is not positive or not finite"),
+        ("hidden_size", "9" * 25, r"hidden_size=1e\+25 is not a whole number"),
+        ("hidden_size", "9" * 18, "hidden_size=9{18} is more than 2147483647"),
+        ("num_hidden_layers", "100000000", "num_hidden_layers=100000000 is more than 65536"),
+        ("num_key_value_heads", "3", "num_attention_heads=4 is not divisible by num_key_value_h"),
+        ("partial_rotary_factor", "1.5", "partial_rotary_factor=1.5 is more than 1"),
+        (
+            "rope_scaling",
+            '{"rope_type": "yarn", "factor": 1e300, "original_max_position_embeddings": 1e300}',
+            "only null and rope_type=yarn",
+        ),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(
+    golden_copy: GoldenCopy, key: str, text: str, match: str
+) -> None:
+    folder = golden_copy("ling_v2")
+    edit(folder, **{key: "HERE"})
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"HERE"', text))
+    with pytest.raises(HfError, match=match):
+        read_model_config(folder)
+
+
+def test_heads_without_channels_are_refused(golden_copy: GoldenCopy) -> None:
+    folder = golden_copy("ring_lite_v1")
+    edit(folder, num_attention_heads=1024, num_key_value_heads=2)
+    with pytest.raises(HfError, match="leaves no channel to one of num_attention_heads=1024"):
         read_model_config(folder)
 
 

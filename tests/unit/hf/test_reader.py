@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ring_train.config import DecayLayerRule
+from ring_train.hf import reader
 from ring_train.hf.config import read_model_config
 from ring_train.hf.errors import HfError
 from ring_train.hf.reader import open_hf_folder
@@ -70,6 +71,28 @@ def test_expert_bias_comes_as_fp32_from_a_bf16_folder(golden_copy: GoldenCopy) -
     with open_hf_folder(folder, read_model_config(folder)) as reader:
         assert reader.read_logical("decoder.layers.1.mlp.router.expert_bias").dtype == torch.float32
         assert reader.read_logical("decoder.layers.1.mlp.router.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"num_hidden_layers": 60_000}, r"num_hidden_layers=60000, .* but there are \d+; export"),
+        ({"num_experts": 10**8}, r"num_experts=100000000 need more than \d+ tensors"),
+        ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers=1000000000 and"),
+        ({"num_attention_heads": 2**16}, "num_attention_heads=65536, but no tensor is so wide"),
+    ],
+)
+def test_sizes_that_the_folder_is_far_from_are_refused_without_a_table(
+    golden_copy: GoldenCopy,
+    values: dict[str, int],
+    match: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = golden_copy("ling_v2")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    monkeypatch.setattr(reader, "make_table", lambda model: pytest.fail("a table was made"))
+    refuse(folder, match)
 
 
 def test_a_missing_tensor_is_named(golden_copy: GoldenCopy) -> None:
