@@ -28,6 +28,11 @@ from ring_train.runtime.errors import run_job
 def main(overrides: list[str]) -> None:
     """Validate the weights that the overrides name."""
     config: ValidateConfig = compose("validate", overrides)
+    if config.eval_steps is not None and config.eval_steps < 1:
+        raise UserError(
+            f"eval_steps={config.eval_steps} is not positive; choose 1 or more, or leave it out "
+            "for as many as the run has"
+        )
     if config.output:
         check_writable("output", config.output)
     sources = [read_initial_model(x, config.decay_layer_rule, "weights") for x in config.weights]
@@ -89,7 +94,7 @@ def validation_plan(config: ValidateConfig, run: Config, source: InitialModel) -
     base.train.micro_batch_size = sizes.micro_batch_size
     base.train.global_batch_size *= sizes.micro_batch_size
     base.train.eval_interval_steps = 1
-    base.train.eval_steps = config.eval_steps or run.train.eval_steps
+    base.train.eval_steps = run.train.eval_steps if config.eval_steps is None else config.eval_steps
     base = dataclasses.replace(
         base, data=run.data, init_from=str(source.folder), lora=source.lora, seed=run.seed
     )

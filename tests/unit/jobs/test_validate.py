@@ -54,6 +54,12 @@ def test_rows_are_those_of_the_run_and_the_model_that_of_the_weights(
     assert (phase.seq_length, phase.micro_batch_size) == (256, 2)
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_not_those_of_the_run(steps: int) -> None:
+    with pytest.raises(UserError, match=f"eval_steps={steps} is not positive; choose 1 or more"):
+        main(["weights=[x]", f"eval_steps={steps}"])
+
+
 def test_folders_that_name_no_data_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="which name no data; add run=DIR"):
         read_run(config(), [source(Path("hf"), None, tiny)])
