@@ -253,7 +253,7 @@ def _is_written(partial: Path, number: int) -> bool:
 
 
 def _write_part(merge: Merge, partial: Path, number: int, part: Sequence[Described]) -> None:
-    """Write the file of a part, one tensor in memory, and its record."""
+    """Write the file of a part, the next tensor read ahead, and its record."""
     name = part_name(number)
     file = write_durably(partial / name, safetensors_chunks(part, merge.read, {}))
     tensors = {
