@@ -1,7 +1,7 @@
 """A Hugging Face folder made into one of another layer pattern or vocabulary, tensor by tensor.
 
 What a conversion does not concern keeps its bytes: norms, output projections, MLPs, experts, router
-and expert biases, MTP layers.
+and expert biases, MTP layers. Block-FP8 weights keep what they stand for (see docs/conversions.md).
 """
 
 import dataclasses

@@ -6,10 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from ring_train.errors import UserError
+
+LONGEST_WAIT = timedelta(hours=12)
+"""Of ranks for one that copies or hashes a file of any size; gloo's own 30 minutes are for steps of
+training. A rank that dies ends the others through torchrun, whatever this is."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def start_ranks() -> Iterator[Ranks]:
         return
     owned = not dist.is_initialized()
     if owned:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -4,7 +4,8 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 then the data (https://github.com/huggingface/safetensors#format).
 
 Unusual: the library wants the tensors of a file in memory to write it, and maps a file to read it,
-so that its pages count as the process's. Here memory is that of one tensor.
+so that its pages count as the process's. Here memory is that of one
+tensor, or of two while a file is written: the next one is read ahead.
 """
 
 from __future__ import annotations
