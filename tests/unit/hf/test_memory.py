@@ -1,5 +1,6 @@
 """Exporting needs memory for a few tensors, whatever the size of the model."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ MODEL = [
 ]
 NUM_TENSORS = 6
 """Read ahead, in conversion and being written, each in both dtypes."""
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h: smallest block that is mapped; setting it also stops its growth."""
 ALLOCATOR_BYTES = 24 * 2**20
 """What free memory of the allocator and one chunk may add."""
 
@@ -30,7 +33,12 @@ def resident_bytes(word: str) -> int:
 
 
 def start_high_water() -> int:
-    """Let the high-water mark of this process start again; return where it starts, bytes."""
+    """Let the high-water mark of this process start again; return where it starts, bytes.
+
+    From here on glibc maps every tensor by itself and returns it when it is freed. By default it
+    keeps freed ones of a size that depends on what was freed before.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes("VmRSS")
