@@ -5,6 +5,7 @@ from typing import Any
 
 from ring_train.hf.errors import HfError
 from ring_train.hf.family import FAMILIES, Family, family_of
+from ring_train.hf.mtp import MTP_FOLDER
 
 CODE_SUFFIXES = (".py", ".pyc", ".so")
 """Of files that Python can import."""
@@ -43,6 +44,8 @@ def foreign_code(folder: Path, family: Family) -> list[str]:
     custom_generate/generate.py.
     """
     ours = {path.name: path.read_bytes() for path in family.modeling_files}
+    if (folder / MTP_FOLDER).is_dir():
+        ours |= {f"{MTP_FOLDER}/{name}": content for name, content in ours.items()}
     names = [name for name, content in ours.items() if not _same(folder / name, content)]
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +17,12 @@ from ring_train.plan import Plan, make_plan
 if TYPE_CHECKING:
     import torch
 
+    from ring_train.hf.certificate.agreement import Tie
     from ring_train.hf.certificate.computed import Reference
     from ring_train.runtime.distributed import Groups
 
+MAX_DRAWS = 3
+"""Of a row that a tie ends in its first half."""
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 12
 """Of what cached decoding writes after the beginning of each row."""
 
@@ -26,6 +31,7 @@ def score_reference(
     model: ModelConfig,
     read: Callable[[str], torch.Tensor],
     rows: Sequence[Sequence[int]],
+    others: Iterator[int] | None = None,
 ) -> Reference:
     """Return log-probabilities of rows, and greedy answers to their beginnings.
 
@@ -33,6 +39,7 @@ def score_reference(
         model: as trained.
         read: logical name -> whole tensor.
         rows: token ids.
+        others: endless ids; rows that a routing tie ends early are drawn again from them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this job runs on one rank; start it without torchrun")
@@ -50,15 +57,92 @@ def score_reference(
     from ring_train.model.build import build_model
     from ring_train.runtime.distributed import start_runtime
     from ring_train.train.optimizer import attach_schedule_callbacks
-    from ring_train.train.scoring import make_rows, score_rows
 
     with start_runtime(plan) as groups:
         chunks = build_model(plan, groups.collection)
         fill(chunks, read)
         attach_schedule_callbacks(chunks, None, groups.collection)
-        batches = make_rows(plan, rows, groups.dp_rank, packed=False)
-        scores = score_rows(chunks, batches, rows, groups, packed=False)
-        return Reference(rows=rows, scores=scores, generated=_generate(plan, chunks, groups, rows))
+        table = _score(plan, chunks, groups, rows)
+        if others is not None:
+            table = _drawn_again(plan, chunks, groups, table, others)
+        rows = [scored.row for scored in table]
+        generated = _generate(plan, chunks, groups, rows)
+        answers = _score(plan, chunks, groups, [ids for ids, _ in generated])
+        return Reference(
+            rows=rows,
+            scores={key: [scored.scores[key] for scored in table] for key in table[0].scores},
+            generated=generated,
+            ties={key: [scored.ties[key] for scored in table] for key in table[0].ties},
+            answer_ties=[scored.ties["logprobs"] for scored in answers],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRow:
+    """A row of tokens, and by head its log-probabilities and the first tie of its routing."""
+
+    row: Sequence[int]
+    scores: dict[str, list[float]]
+    ties: dict[str, Tie | None]
+
+    @property
+    def clear_tokens(self) -> int:
+        """Tokens before the first tie of the trunk."""
+        tie = self.ties["logprobs"]
+        return len(self.row) if tie is None else tie.token
+
+
+def _score(
+    plan: Plan, chunks: list, groups: Groups, rows: Sequence[Sequence[int]]
+) -> list[ScoredRow]:
+    """Return log-probabilities and routing ties of rows."""
+    from ring_train.model.router import routers
+    from ring_train.train.scoring import make_rows, score_rows
+
+    found = list(routers(chunks))
+    for router in found:
+        router.track_margin = True
+        router.token_margins.clear()
+    batches = make_rows(plan, rows, groups.dp_rank, packed=False)
+    scores = score_rows(chunks, batches, rows, groups, packed=False)
+    result = []
+    for index, row in enumerate(rows):
+        ties = {}
+        for depth, key in enumerate(scores):
+            margins = [
+                router.token_margins[index][: len(row)]
+                for router in found
+                if not router.is_mtp_layer or int(router.layer_number or 0) <= depth
+            ]
+            ties[key] = _first_tie(margins)
+        mine = {key: values[index] for key, values in scores.items()}
+        result.append(ScoredRow(row=row, scores=mine, ties=ties))
+    return result
+
+
+def _first_tie(margins: list[torch.Tensor]) -> Tie | None:
+    """Return the first token that a layer routes by less than rounding; margins [t] by layer."""
+    from ring_train.hf.certificate.agreement import TIE_MARGIN, Tie
+
+    smallest = [min(layers) for layers in zip(*(m.tolist() for m in margins), strict=True)]
+    near = (i for i, margin in enumerate(smallest) if margin < TIE_MARGIN)
+    token = next(near, None)
+    return None if token is None else Tie(token=token, margin=smallest[token])
+
+
+def _drawn_again(
+    plan: Plan, chunks: list, groups: Groups, table: list[ScoredRow], others: Iterator[int]
+) -> list[ScoredRow]:
+    """Return the rows, those with a tie in their first half drawn again as often as is allowed."""
+    table = list(table)
+    for _ in range(MAX_DRAWS):
+        early = [i for i, one in enumerate(table) if one.clear_tokens < len(one.row) // 2]
+        if not early:
+            break
+        drawn = [list(islice(others, len(table[i].row))) for i in early]
+        for place, scored in zip(early, _score(plan, chunks, groups, drawn), strict=True):
+            table[place] = max(table[place], scored, key=lambda one: one.clear_tokens)
+    return table
 
 
 def fill(chunks: list, read: Callable[[str], torch.Tensor]) -> None:
@@ -87,11 +171,13 @@ def _generate(
     return [([*prompts[a.prompt], *a.tokens], a.logprobs) for a in answers]
 
 
-def read_rows(path: str | None, folder: Path, model: ModelConfig) -> list[list[int]]:
-    """Return the rows of a file, or those of every certificate."""
+def read_rows(
+    path: str | None, folder: Path, model: ModelConfig
+) -> tuple[list[list[int]], Iterator[int] | None]:
+    """Return the rows of a file, or those of every certificate and ids of others."""
     from ring_train.hf.certificate.prompts import certificate_rows
-    from ring_train.jobs.score import read_prompts
+    from ring_train.jobs.prompt_file import read_prompts
 
     if path is not None:
-        return read_prompts(Path(path))
+        return read_prompts(Path(path), model.vocab_size), None
     return certificate_rows(folder, model)

@@ -5,16 +5,15 @@ torchrun) and writes log-probabilities per token; `grad_norms=FILE` adds losses 
 """
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from ring_train.config import ScoreConfig, compose
-from ring_train.errors import UserError
 from ring_train.hf.config import read_model_config
 from ring_train.jobs.forward_config import forward_config, world_size
+from ring_train.jobs.prompt_file import read_prompts
 from ring_train.jobs.results import write_json
 from ring_train.plan import Plan, make_plan
 from ring_train.runtime.errors import run_job
@@ -23,43 +22,17 @@ from ring_train.runtime.errors import run_job
 def main(overrides: list[str]) -> None:
     """Score the prompts that the overrides name."""
     config = compose("score", overrides)
-    prompts = read_prompts(Path(config.prompts))
     model = read_model_config(config.hf_dir, config.decay_layer_rule)
+    prompts = read_prompts(Path(config.prompts), model.vocab_size)
     model = dataclasses.replace(
         model, moe_z_loss_coeff=0.0, moe_aux_loss_coeff=0.0, moe_router_bias_update_rate=0.0
     )
-    for prompt in prompts:
-        if max(prompt) >= model.vocab_size or min(prompt) < 0:
-            raise UserError(
-                f"prompts={config.prompts}: token id {max(prompt)} is outside "
-                f"vocab_size={model.vocab_size} of {config.hf_dir}; tokenise with its tokenizer"
-            )
     plan = score_plan(config, model, prompts)
     result, gradients = score(plan, config, prompts)
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(config.output, result)
         if config.grad_norms:
             write_json(config.grad_norms, gradients)
-
-
-def read_prompts(path: Path) -> list[list[int]]:
-    """Return the prompts of a file {"prompts": [[ids]]}."""
-    try:
-        prompts = json.loads(path.read_text())["prompts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"prompts={path}: {type(error).__name__}: {error}; "
-            'give a JSON file {"prompts": [[ids]]}'
-        ) from error
-    for prompt in prompts:
-        if len(prompt) < 2 or not all(isinstance(token, int) for token in prompt):
-            raise UserError(
-                f"prompts={path}: {prompt} is no list of at least two token ids; "
-                "nothing could be predicted from it"
-            )
-    if not prompts:
-        raise UserError(f"prompts={path}: the list is empty; give at least one prompt")
-    return prompts
 
 
 def score_plan(config: ScoreConfig, model: Any, prompts: list[list[int]]) -> Plan:

@@ -43,6 +43,7 @@ def main(overrides: list[str]) -> None:
     if not is_hf_folder(folder):
         raise UserError(f"hf_dir={folder} has no config.json; name an exported folder")
     truth = read_truth(config)
+    check_mtp(folder, truth.model)
     (folder / CERTIFICATE).unlink(missing_ok=True)  # what it says may no longer be so
     certificate = verify(folder, truth, vllm=config.vllm)
     report = certificate.pop("report")
@@ -98,16 +99,16 @@ def make_truth(
     from ring_train.hf.training_turns import training_turns
 
     hf_dir = Path(config.hf_dir)
+    rows, others = read_rows(config.prompts, hf_dir, model)
 
     def reference(folder: Path, weights: WeightFormat) -> Reference:
         from ring_train.hf.certificate.tensors import as_exported
         from ring_train.hf.reader import open_hf_folder
 
-        rows = read_rows(config.prompts, folder, model)
         if read is not None:
-            return score_reference(model, as_exported(model, weights, read), rows)
+            return score_reference(model, as_exported(model, weights, read), rows, others)
         with open_hf_folder(folder, model) as reader:
-            return score_reference(model, reader.read_logical, rows)
+            return score_reference(model, reader.read_logical, rows, others)
 
     has_own = (tokenizer / "tokenizer.json").is_file()
     # A tokenizer without a chat template is exported with the one of ring_train.
@@ -124,6 +125,30 @@ def make_truth(
         end_of_turn=None if isinstance(turns, str) else turns[0].answer_ids[-1],
         tokenizer=tokenizer if has_own and read is not None else None,
     )
+
+
+def check_mtp(folder: Path, model: ModelConfig) -> None:
+    """Raise UserError if a folder that was to have MTP layers was exported without any."""
+    from ring_train.hf.config import read_json
+    from ring_train.hf.errors import HfError
+    from ring_train.hf.mtp import MTP_FOLDER
+    from ring_train.hf.shards import read_stored
+
+    if not model.mtp_num_layers or (folder / MTP_FOLDER).exists():
+        return
+    try:
+        says_none = not read_json(folder / "config.json").get("num_nextn_predict_layers", 0)
+        stored = read_stored(folder)
+    except HfError:
+        return  # the certificate names it
+    first = model.num_layers
+    layers = range(first, first + model.mtp_num_layers)
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    if says_none and not any(name.startswith(prefixes) for name in stored):
+        raise UserError(
+            f"hf_dir={folder} has no MTP layers, the checkpoint has {model.mtp_num_layers}; "
+            "add mtp=none if they were left out on purpose, or export again"
+        )
 
 
 def weights_digest(weights: CheckpointWeights) -> str:

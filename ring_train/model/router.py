@@ -39,7 +39,8 @@ class ExpertRouter(Router):
             the balance loss weighs scores with. Saved in checkpoints. None without that loss.
         tokens_per_expert: [e] int64 tokens of this rank since the last update; not saved.
         tokens_per_step: tokens of the global batch without padding; set before each step.
-        margin: smallest routing margin seen since `track_margin` was set; for tests and `score`.
+        margin: smallest routing margin seen since `track_margin` was set.
+        token_margins: those of all tokens, [t] for each forward since then.
     """
 
     expert_bias: Any
@@ -71,6 +72,7 @@ class ExpertRouter(Router):
         self.tokens_per_step = 1
         self.track_margin = False
         self.margin = float("inf")
+        self.token_margins: list[torch.Tensor] = []
 
     def forward(  # pyrefly: ignore[bad-override]  # the base class leaves the arguments open
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -129,16 +131,17 @@ class ExpertRouter(Router):
 
     @torch.no_grad()
     def _observe_margin(self, logits: torch.Tensor, valid: torch.Tensor | None) -> None:
-        logits = logits if valid is None else logits[valid]
-        if len(logits):
-            scores = self.scores(logits)
-            margin = routing_margin(
-                scores if self.expert_bias is None else scores + self.expert_bias,
-                topk=self.model.moe_router_topk,
-                num_groups=self.model.moe_router_num_groups,
-                group_topk=self.model.moe_router_group_topk,
-            )
-            self.margin = min(self.margin, float(margin))
+        scores = self.scores(logits)
+        margins = routing_margin(
+            scores if self.expert_bias is None else scores + self.expert_bias,
+            topk=self.model.moe_router_topk,
+            num_groups=self.model.moe_router_num_groups,
+            group_topk=self.model.moe_router_group_topk,
+        )
+        self.token_margins.append(margins)
+        seen = margins if valid is None else margins[valid]
+        if len(seen):
+            self.margin = min(self.margin, float(seen.min()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExpertRouter:
         """Move like any module, but keep the dtype of every buffer whatever the cast."""

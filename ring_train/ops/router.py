@@ -95,14 +95,14 @@ def routing_margin(
     topk: int,
     num_groups: int | None,
     group_topk: int | None,
-) -> Float[Tensor, ""]:
-    """Return the smallest gap of any token between a chosen and a rejected expert or group.
+) -> Float[Tensor, " t"]:
+    """Return the smallest gap of each token between a chosen and a rejected expert or group.
 
     Experts are compared within the kept groups. Rounding far below this flips no expert; inf where
     nothing is rejected.
     """
     _check_groups(scores_for_choice, topk, num_groups, group_topk)
-    margin = scores_for_choice.new_tensor(torch.inf)
+    margin = scores_for_choice.new_full(scores_for_choice.shape[:1], torch.inf)
     if num_groups is not None and group_topk is not None:
         group_scores = _group_scores(scores_for_choice, topk // group_topk, num_groups)
         margin = torch.minimum(margin, _gap(group_scores, group_topk))
@@ -202,9 +202,9 @@ def _chosen(scores: Tensor, indices: Int[Tensor, "t k"]) -> Bool[Tensor, "t e"]:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, True)
 
 
-def _gap(scores: Float[Tensor, "t e"], chosen: int) -> Float[Tensor, ""]:
-    """Return the smallest difference of the `chosen`-th and the next largest score of any token."""
-    if chosen == scores.shape[-1] or not scores.shape[0]:
-        return scores.new_tensor(torch.inf)
+def _gap(scores: Float[Tensor, "t e"], chosen: int) -> Float[Tensor, " t"]:
+    """Return the difference of the `chosen`-th and the next largest score of each token."""
+    if chosen == scores.shape[-1]:
+        return scores.new_full(scores.shape[:1], torch.inf)
     best = scores.topk(chosen + 1, dim=-1).values
-    return (best[:, -2] - best[:, -1]).min()
+    return best[:, -2] - best[:, -1]

@@ -75,6 +75,10 @@ def test_a_folder_that_is_none_is_refused(
     assert outcome.status == 2
     assert "has no config.json; name an exported folder" in outcome.stderr
     assert list((tmp_path / "empty").iterdir()) == []
+    (tmp_path / "ids.json").write_text('{"prompts": [[1, 100000000]]}')
+    outcome = certify(on_ranks, exported, f"prompts={tmp_path / 'ids.json'}")
+    assert outcome.status == 2
+    assert "token id 100000000 is outside vocab_size" in outcome.stderr
     outcome = certify(on_ranks, exported, f"checkpoint={exported}")
     assert outcome.status == 2
     assert "is a Hugging Face folder; name the checkpoint" in outcome.stderr

@@ -194,6 +194,16 @@ def swapped_tokens(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
+def added(name: str, content: str) -> Callable[[Path], None]:
+    """Return what writes a file."""
+
+    def mutate(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return mutate
+
+
 TEMPLATE = "tokenizer_config.json"
 """Its chat_template is JSON: a backslash in it is two."""
 
@@ -424,6 +434,49 @@ MUTANTS = {
             eos_token_id=[json.loads((folder / "config.json").read_text())["eos_token_id"]]
         )(folder),
         "generation_config",
+    ),
+    "penalised": Mutant(
+        "generation_config.json has a penalty for what was said",
+        generation_config(repetition_penalty=3.0),
+        "generation_config",
+    ),
+    "generation_limits": Mutant(
+        "generation_config.json suppresses tokens and sets lengths and a temperature",
+        generation_config(
+            suppress_tokens=[10, 11], min_new_tokens=50, max_new_tokens=70, temperature=0.01
+        ),
+        "generation_config",
+    ),
+    "rare_branch": Mutant(
+        "the modeling file is wrong on rows that no certificate reads",
+        text(
+            MODELING,
+            "    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin\n",
+            "    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin\n"
+            "    if turned.shape[2] > 256: turned = -turned.flip(-1)\n",
+        ),
+        "modeling_files",
+    ),
+    "further_code": Mutant(
+        "a Python file that no export writes", added("extra.py", "x = 1\n"), "modeling_files"
+    ),
+    "own_generate": Mutant(
+        "custom_generate/ replaces decoding",
+        added(
+            "custom_generate/generate.py", "def generate(model, input_ids, **_):\n    return 0\n"
+        ),
+        "modeling_files",
+    ),
+    "two_dtypes": Mutant(
+        "dtype is not torch_dtype", config(dtype="float16"), "config", base="softmax"
+    ),
+    "no_tokenizer": Mutant(
+        "tokenizer.json is missing",
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "tokenizer",
+    ),
+    "damaged_tokenizer": Mutant(
+        "tokenizer.json is no JSON", added("tokenizer.json", "{"), "tokenizer"
     ),
     "wrong_eos": Mutant("eos_token_id of config.json", config(eos_token_id=7), "config"),
     "template_role": Mutant(

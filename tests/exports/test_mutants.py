@@ -5,6 +5,7 @@ WRITE_PAGE=1 writes what was found into docs/export.md.
 
 import atexit
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 MODULES_CACHE = tempfile.mkdtemp(prefix="hf_modules_")
 atexit.register(shutil.rmtree, MODULES_CACHE, ignore_errors=True)
 os.environ.setdefault("HF_MODULES_CACHE", MODULES_CACHE)
 
 from ring_train.config import DecayLayerRule, ModelConfig, MtpExport, WeightFormat  # noqa: E402
+from ring_train.hf.certificate.agreement import Tie  # noqa: E402
 from ring_train.hf.certificate.computed import VLLM_WAYS, Reference  # noqa: E402
 from ring_train.hf.certificate.consumers import (  # noqa: E402
     ConsumerError,
@@ -209,6 +212,44 @@ def test_every_form_of_a_folder_passes_and_its_faults_do_not(
     MUTANTS["gate_up_swapped"].change(tmp_path / "x")
     certificate = verify(tmp_path / "x", truth, transformers=here)
     assert {"weights", "transformers_one_pass"} <= set(failed(certificate))
+
+
+def score_without_preference(model: ModelConfig, source: Path, rows: list[list[int]]) -> Reference:
+    """Return what the trainer computes where no router prefers any expert; runs on a rank."""
+    from ring_train.jobs.reference_scores import score_reference
+
+    with open_hf_folder(source, model) as reader:
+
+        def read(name: str) -> Any:
+            tensor = reader.read_logical(name)
+            return torch.zeros_like(tensor) if ".router." in name else tensor
+
+        return score_reference(model, read, rows, itertools.count(1))
+
+
+def test_where_routing_ties_leave_nothing_to_compare_no_certificate_is_given(
+    bases: dict[str, Base], tokenizer: Path, on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    base = bases["softmax"]
+    truth = truth_of(base, tokenizer, on_ranks)
+    rows = [row[:30] for row in base.rows]
+    (tied,) = on_ranks(1, score_without_preference, base.model, base.source, rows)
+    assert all(tie.token == 0 for ties in tied.ties.values() for tie in ties)
+    clear = truth.reference(base.folder, WeightFormat.fp32)
+    reference = dataclasses.replace(
+        clear,
+        ties={key: [Tie(token=0, margin=0.0)] * len(base.rows) for key in clear.scores},
+    )
+    truth = dataclasses.replace(truth, reference=lambda folder, weights: reference)
+    assert verify(base.folder, truth, transformers=run_here)["passed"]
+    folder = tmp_path / "x"
+    shutil.copytree(base.folder, folder)
+    MUTANTS["groups_by_best"].change(folder)
+    certificate = verify(folder, truth, transformers=run_here)
+    one_pass = certificate["checks"]["transformers_one_pass"]
+    assert one_pass["status"] == "not run"
+    assert "routing ties leave 0 of" in one_pass["reason"]
+    assert not certificate["passed"]
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ring_train.config import ModelConfig, MtpExport
+from ring_train.hf.certificate.agreement import Scores, Tie, Ties, compare_scores, scores_check
 from ring_train.hf.certificate.consumers import (
     ONE_BY_ONE_TOKENS,
     ConsumerError,
     Rows,
-    Scores,
-    compare_scores,
     run_vllm,
 )
 from ring_train.hf.certificate.record import Check
@@ -33,6 +32,10 @@ class Reference:
     """{"logprobs", "mtp_logprobs", "mtp_logprobs_2", ...}, each per row and target."""
     generated: Sequence[tuple[list[int], list[float]]]
     """(prompt and answer, log-probabilities of the answer) by cached decoding."""
+    ties: Mapping[str, Ties]
+    """Of each row, by key of `scores`."""
+    answer_ties: Ties
+    """Of each of `generated`."""
 
 
 def _loading(answer: dict[str, Any]) -> Check:
@@ -74,10 +77,11 @@ def _one_pass(reference: Reference, answer: dict[str, Any], mtp: MtpExport) -> l
     heads = {"logprobs": reference.scores["logprobs"]}
     if mtp is MtpExport.layer:
         heads |= reference.scores
-    compared = [compare_scores(key, answer.get(key, []), scores) for key, scores in heads.items()]
-    differences = [line for lines, _ in compared for line in lines]
-    largest = max(apart for _, apart in compared)
-    checks = [_scores_check("transformers_one_pass", differences, largest)]
+    compared = [
+        compare_scores(key, answer.get(key, []), scores, reference.ties[key])
+        for key, scores in heads.items()
+    ]
+    checks = [scores_check("transformers_one_pass", *compared)]
     if len(heads) < len(reference.scores):
         reason = f"they lie in {MTP_FOLDER}/, which transformers does not load; see weights"
         checks.append(Check(name="transformers_mtp", not_run=reason))
@@ -96,8 +100,8 @@ def _other_ways(reference: Reference, answer: dict[str, Any]) -> list[Check]:
     ):
         rows = [row for row in range(len(wanted)) if str(row) in found]
         if rows:
-            scores, true = [found[str(row)] for row in rows], [wanted[row] for row in rows]
-            checks.append(_scores_check(name, *compare_scores(name, scores, true)))
+            scores = {row: found[str(row)] for row in rows}
+            checks.append(_check_of_rows(name, reference, scores))
         else:
             reason = f"no row has at most {ONE_BY_ONE_TOKENS} tokens"
             checks.append(Check(name=name, not_run=reason))
@@ -108,13 +112,20 @@ def _stretched(model: ModelConfig, reference: Reference, found: Scores) -> Check
     """Return the check of rows that are longer than the context which YaRN stretches."""
     name, context = "transformers_past_original_context", model.original_max_position_embeddings
     assert context is not None
-    wanted = reference.scores["logprobs"]
     rows = [i for i, row in enumerate(reference.rows) if len(row) > context]
     if not rows:
         reason = f"no row is longer than {context} tokens; give some by prompts=FILE"
         return Check(name=name, not_run=reason)
-    scores, true = [found[row] for row in rows], [wanted[row] for row in rows]
-    return _scores_check(name, *compare_scores(name, scores, true))
+    return _check_of_rows(name, reference, {row: found[row] for row in rows})
+
+
+def _check_of_rows(name: str, reference: Reference, found: Mapping[int, Sequence[float]]) -> Check:
+    """Return the check of the next-token log-probabilities of some rows, by their number."""
+    wanted, ties = reference.scores["logprobs"], reference.ties["logprobs"]
+    compared = compare_scores(
+        name, [*found.values()], [wanted[row] for row in found], [ties[row] for row in found]
+    )
+    return scores_check(name, compared)
 
 
 def _generation(reference: Reference, found: Scores) -> Check:
@@ -122,11 +133,12 @@ def _generation(reference: Reference, found: Scores) -> Check:
     name = "trainer_generation"
     wanted = [logprobs for _, logprobs in reference.generated]
     answers = [row[-len(true) :] for row, true in zip(found, wanted, strict=True)]
-    return _scores_check(name, *compare_scores(name, answers, wanted))
-
-
-def _scores_check(name: str, differences: list[str], largest: float) -> Check:
-    return Check(name=name, differences=differences, figures={"largest_difference": largest})
+    starts = [len(row) - len(true) for row, true in zip(found, wanted, strict=True)]
+    ties = [
+        tie and Tie(token=max(tie.token - start, 0), margin=tie.margin)
+        for tie, start in zip(reference.answer_ties, starts, strict=True)
+    ]
+    return scores_check(name, compare_scores(name, answers, wanted, ties))
 
 
 VLLM_WAYS = {
@@ -145,8 +157,8 @@ def vllm_checks(folder: Path, reference: Reference, python: str | None) -> list[
     for name, options in VLLM_WAYS.items():
         try:
             found = run_vllm(python, folder, reference.rows, *options)
-            scores = reference.scores["logprobs"]
-            checks.append(_scores_check(name, *compare_scores(name, found, scores)))
+            scores, ties = reference.scores["logprobs"], reference.ties["logprobs"]
+            checks.append(scores_check(name, compare_scores(name, found, scores, ties)))
         except ConsumerError as error:
             checks.append(Check(name=name, differences=[str(error)]))
     return checks

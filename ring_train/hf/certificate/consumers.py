@@ -1,9 +1,8 @@
-"""Programs that compute from a folder, each in a process of its own, and how near they come."""
+"""Programs that compute from a folder, each in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ring_train.errors import UserError
+from ring_train.hf.certificate.agreement import Scores
 from ring_train.hf.certificate.conversations import CONVERSATIONS
 from ring_train.hf.certificate.settings import POSITIONS
 from ring_train.hf.certificate.tensors import wide
@@ -25,8 +25,6 @@ from ring_train.hf.parts import SINGLE_NAME
 from ring_train.hf.shards import INDEX_NAME, read_stored
 from ring_train.storage.safetensors import read_tensor
 
-TOLERANCE = 1e-4
-"""Of a log-probability in fp32; two right implementations differ by about 1e-5."""
 PIECES = (1, 63, 2, 64, 1, 1, 70)
 """Tokens of the pieces of a prefill; they begin and end inside and at the end of a chunk of 64."""
 ONE_BY_ONE_TOKENS = 70
@@ -36,7 +34,6 @@ NUM_LINES = 3
 """Of a failed program's last words."""
 
 Rows = Sequence[Sequence[int]]
-Scores = Sequence[Sequence[float]]
 
 
 class ConsumerError(UserError):
@@ -148,37 +145,3 @@ def _ask(
 RANK_VARIABLES = frozenset(
     {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 )
-
-
-def compare_scores(
-    name: str, found: Scores, wanted: Scores, tolerance: float = TOLERANCE
-) -> tuple[list[str], float]:
-    """Return where log-probabilities differ by more than a tolerance, and the largest difference.
-
-    A line for each row, with its worst position; what is not a number differs without bound.
-    """
-    if len(found) != len(wanted):
-        return [f"{name}: {len(found)} rows of log-probabilities, not {len(wanted)}"], math.inf
-    differences, largest = [], 0.0
-    for row, (got, true) in enumerate(zip(found, wanted, strict=True)):
-        if len(got) != len(true):
-            differences.append(f"{name}, row {row}: {len(got)} values, not {len(true)}")
-            largest = math.inf
-            continue
-        if not true:
-            continue
-        apart = [_distance(one, other) for one, other in zip(got, true, strict=True)]
-        worst = max(range(len(apart)), key=apart.__getitem__)
-        largest = max(largest, apart[worst])
-        if apart[worst] > tolerance:
-            count = sum(distance > tolerance for distance in apart)
-            differences.append(
-                f"{name}, row {row} of {len(true) + 1} tokens: {count} log-probabilities differ, "
-                f"most at token {worst + 1}: {got[worst]:.6f}, not {true[worst]:.6f}"
-            )
-    return differences, largest
-
-
-def _distance(one: float, other: float) -> float:
-    apart = abs(one - other)
-    return apart if math.isfinite(apart) else math.inf

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from ring_train.hf.family import MODELING_DIR
 from ring_train.hf.training_turns import TrainingTurn
 
@@ -88,7 +90,8 @@ def compare_tokenizer(folder: Path, trained: Path) -> tuple[list[str], dict[str,
 
     Where training had no chat template the folder must have the one of this package.
     """
-    differences = [
+    differences = unreadable_tokenizer(folder)
+    differences += [
         f"{name} is not that of the training data"
         for name in TOKENIZER_FILES
         if _content(folder / name) != _content(trained / name)
@@ -101,6 +104,18 @@ def compare_tokenizer(folder: Path, trained: Path) -> tuple[list[str], dict[str,
     if _content(folder / CHAT_TEMPLATE) != wanted:
         differences.append(f"{CHAT_TEMPLATE} is not that of training")
     return differences, {"chat_template": "of ring_train" if is_ours else "of training"}
+
+
+def unreadable_tokenizer(folder: Path) -> list[str]:
+    """Return why nothing can be tokenised with a folder; nothing if it can."""
+    path = folder / TOKENIZER_FILES[0]
+    if not path.is_file():
+        return [f"{path.name} is missing"]
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower class
+        return [f"{path.name} is no tokenizer ({error})"]
+    return []
 
 
 def _content(path: Path) -> bytes:

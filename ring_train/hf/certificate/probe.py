@@ -56,8 +56,12 @@ def probe(folder: str | Path, request: dict[str, Any]) -> dict[str, Any]:
     answer["slopes"] = dict(_slopes(model))
     if hasattr(model.model, "rope_table"):
         answer["rope"] = _rope_table(model, request["positions"])
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    answer["conversations"] = [_rendered(tokenizer, item) for item in request["conversations"]]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        answer["conversations"] = [_rendered(tokenizer, item) for item in request["conversations"]]
+    except Exception as error:  # whatever a damaged file makes of transformers
+        first = (str(error).strip().splitlines() or [""])[0]
+        answer["tokenizer_fault"] = f"transformers cannot use it: {type(error).__name__}: {first}"
     return answer
 
 

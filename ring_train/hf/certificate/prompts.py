@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -28,8 +29,8 @@ TEXTS = (
 )
 
 
-def certificate_rows(folder: Path, model: ModelConfig) -> list[list[int]]:
-    """Return the rows of a folder, one of them past the context that YaRN stretches.
+def certificate_rows(folder: Path, model: ModelConfig) -> tuple[list[list[int]], Iterator[int]]:
+    """Return the rows of a folder, one past the context that YaRN stretches, and ids of others.
 
     The texts above in the folder's tokens, or, if its tokenizer has hardly any, ids that a hash
     draws from the whole vocabulary.
@@ -41,7 +42,7 @@ def certificate_rows(folder: Path, model: ModelConfig) -> list[list[int]]:
     if len(set(ids)) < MIN_DISTINCT_IDS or max(ids) >= model.vocab_size:
         ids = _drawn_ids(model.vocab_size, sum(lengths))
     stream = cycle(ids)
-    return [list(islice(stream, length)) for length in lengths]
+    return [list(islice(stream, length)) for length in lengths], stream
 
 
 def _text_ids(folder: Path) -> list[int]:

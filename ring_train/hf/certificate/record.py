@@ -29,6 +29,8 @@ class Check:
     """What was measured."""
     not_run: str | None = None
     """Why nothing was compared; None if it was."""
+    is_open: bool = False
+    """Not run, and without it the folder is not certified."""
 
     @property
     def status(self) -> str:

@@ -19,7 +19,7 @@ from ring_train.ops.decay import decay_slopes
 from ring_train.ops.rope import rotary_angles
 from ring_train.plan.layers import token_mixers
 
-FREE_KEYS = frozenset({"transformers_version", "linear_backend", "dtype"})
+FREE_KEYS = frozenset({"transformers_version", "linear_backend"})
 """Keys that an export does not write and that mean nothing for the model."""
 RELATIVE = 1e-6
 """Of decay rates and frequencies: they are rounded once to fp32."""
@@ -40,7 +40,10 @@ def compare_config(raw: dict[str, Any], wanted: dict[str, Any]) -> Outcome:
         for key, value in wanted.items()
         if key not in raw or raw[key] != value
     ]
-    unknown = sorted(raw.keys() - wanted.keys() - FREE_KEYS)
+    dtype = wanted.get("torch_dtype")
+    if raw.get("dtype", dtype) != dtype:
+        differences.append(f"dtype is {raw['dtype']!r}, not {dtype!r} like torch_dtype")
+    unknown = sorted(raw.keys() - wanted.keys() - FREE_KEYS - {"dtype"})
     differences += [f"{key} is {raw[key]!r}; an export does not write it" for key in unknown]
     return differences, {"num_keys": len(wanted)}
 
@@ -214,7 +217,7 @@ def compare_router(
 
 
 def compare_generation(folder: Path, model: ModelConfig, end_of_turn: int | None) -> Outcome:
-    """Return what generation_config.json says otherwise than training: stops, begin and padding.
+    """Return what generation_config.json says otherwise than an export: stops and any other key.
 
     Args:
         folder: Hugging Face folder.
@@ -243,6 +246,10 @@ def compare_generation(folder: Path, model: ModelConfig, end_of_turn: int | None
         f"{key} is {raw.get(key)!r}, not {wanted.get(key)!r}"
         for key in ("bos_token_id", "pad_token_id")
         if raw.get(key) != wanted.get(key)
+    ]
+    differences += [
+        f"{key} is {raw[key]!r}; an export does not write it"
+        for key in sorted(raw.keys() - wanted.keys() - FREE_KEYS - {"bos_token_id"})
     ]
     return differences, {"stop_tokens": stops}
 

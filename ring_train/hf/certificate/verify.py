@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ring_train.config import ModelConfig, MtpExport, WeightFormat
+from ring_train.hf.certificate.agreement import TOLERANCE
 from ring_train.hf.certificate.computed import (
     Reference,
     Transformers,
     transformers_checks,
     vllm_checks,
 )
-from ring_train.hf.certificate.consumers import TOLERANCE, run_transformers
-from ring_train.hf.certificate.conversations import compare_conversations, compare_tokenizer
+from ring_train.hf.certificate.consumers import run_transformers
+from ring_train.hf.certificate.conversations import (
+    compare_conversations,
+    compare_tokenizer,
+    unreadable_tokenizer,
+)
+from ring_train.hf.certificate.python_files import compare_modeling_files
 from ring_train.hf.certificate.record import FORMAT_VERSION, Check, run_check
 from ring_train.hf.certificate.settings import (
     compare_config,
@@ -79,6 +85,7 @@ def verify(
         run_check("tensors", lambda: compare_tensors(folder, truth.model, weights, digests))
     )
     checks.append(_weights(folder, truth, weights))
+    checks.append(run_check("modeling_files", lambda: compare_modeling_files(folder, truth.model)))
     reference: Reference | None = None
     answer: dict[str, Any] | None = None
     try:
@@ -93,7 +100,7 @@ def verify(
     checks += _texts(folder, truth, answer)
     return {
         "format": FORMAT_VERSION,
-        "passed": not any(check.differences for check in checks),
+        "passed": not any(check.differences or check.is_open for check in checks),
         "source": truth.source,
         "tolerance": TOLERANCE,
         "rows": [] if reference is None else [len(row) for row in reference.rows],
@@ -175,12 +182,16 @@ def _texts(folder: Path, truth: Truth, answer: dict[str, Any] | None) -> list[Ch
     checks = []
     if truth.tokenizer is None:
         reason = "the tokenizer of the training data is not known here"
-        checks.append(Check(name="tokenizer", not_run=reason))
+        faults = unreadable_tokenizer(folder)
+        not_run = None if faults else reason
+        checks.append(Check(name="tokenizer", differences=faults, not_run=not_run))
     else:
         tokenizer = truth.tokenizer
         checks.append(run_check("tokenizer", lambda: compare_tokenizer(folder, tokenizer)))
     turns = truth.turns
-    if isinstance(turns, str) or answer is None:
+    if answer is not None and "tokenizer_fault" in answer:
+        checks.append(Check(name="chat", differences=[answer["tokenizer_fault"]]))
+    elif isinstance(turns, str) or answer is None:
         reason = turns if isinstance(turns, str) else "transformers does not run the folder"
         checks.append(Check(name="chat", not_run=reason))
     else:

@@ -1,11 +1,9 @@
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from ring_train.errors import UserError
-from ring_train.hf.certificate.consumers import compare_scores
 from ring_train.hf.certificate.record import Check, write_certificate
 
 
@@ -32,20 +30,3 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"certificate\.json cannot be written"):
         write_certificate(tmp_path, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["certificate.json"]
-
-
-def test_scores_differ_by_position_and_never_pass_as_nan() -> None:
-    wanted = [[-1.0, -2.0], [-3.0]]
-    assert compare_scores("x", wanted, wanted) == ([], 0.0)
-    lines, largest = compare_scores("x", [[-1.0, -2.5], [-3.0]], wanted)
-    assert largest == 0.5
-    assert lines == [
-        "x, row 0 of 3 tokens: 1 log-probabilities differ, most at token 2: -2.500000, "
-        "not -2.000000"
-    ]
-    for wrong in (math.nan, -math.inf):
-        lines, largest = compare_scores("x", [[wrong, -2.0], [-3.0]], wanted)
-        assert lines
-        assert largest == math.inf
-    assert compare_scores("x", [[-1.0], [-3.0]], wanted)[1] == math.inf
-    assert compare_scores("x", [], wanted)[1] == math.inf

@@ -64,6 +64,9 @@ def test_every_key_of_a_config_is_compared(tiny: ModelConfig, raw: dict[str, Any
     further = {**raw, "lightning_layerwise_decay": False, "transformers_version": "4"}
     (line,) = compare_config(further, raw)[0]
     assert line.startswith("lightning_layerwise_decay is False")
+    assert compare_config({**raw, "dtype": raw["torch_dtype"]}, raw)[0] == []
+    (line,) = compare_config({**raw, "dtype": "float16"}, raw)[0]
+    assert line == "dtype is 'float16', not 'float32' like torch_dtype"
 
 
 def test_decay_of_config_and_of_the_loaded_model_are_named(
@@ -130,3 +133,6 @@ def test_stops_of_generation(tiny: ModelConfig, tmp_path: Path) -> None:
     assert "lacks 9, which ends a turn" in differences(eos_token_id=tiny.eos_token_id)[0]
     assert "holds 77" in differences(eos_token_id=[tiny.eos_token_id, 9, 77])[0]
     assert "pad_token_id is 5" in differences(pad_token_id=5)[0]
+    assert differences(transformers_version="5.1") == []
+    for key in ("repetition_penalty", "suppress_tokens", "max_new_tokens", "temperature"):
+        assert differences(**{key: 7}) == [f"{key} is 7; an export does not write it"]
