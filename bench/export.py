@@ -1,4 +1,4 @@
-"""Memory and speed of export: `python bench/export.py [output=FILE] [scratch=DIR]`.
+"""Memory and speed of export: `python bench/export.py [output=FILE] [scratch=DIR] [formats=bf16]`.
 
 Makes checkpoints of two sizes with random bf16 weights - the layers of Ring-mini-linear-2.0 with 64
 experts, five and ten of them - and exports each in a process of its own. A raw write of as many
@@ -35,13 +35,14 @@ def main(words: list[str]) -> None:
     if "make" in given:
         print(json.dumps(make_checkpoint(Path(given["make"]), int(given["layers"]))))
         return
+    formats = given.get("formats", ",".join(FORMATS)).split(",")
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
     with tempfile.TemporaryDirectory(dir=given.get("scratch")) as folder:
         for layers in NUM_LAYERS:
             checkpoint = Path(folder) / f"layers_{layers}"
             results[f"layers_{layers}"] = {
                 **alone([f"make={checkpoint}", f"layers={layers}"]),
-                **{form: measure(checkpoint, form) for form in FORMATS},
+                **{form: measure(checkpoint, form) for form in formats},
             }
             print(json.dumps(results[f"layers_{layers}"]), flush=True)
             subprocess.run(["rm", "-r", str(checkpoint)], check=True)
