@@ -19,6 +19,12 @@ FINE_BIAS = 1 + 2.0**-20
 """A number that bf16 and fp16 round to 1."""
 
 
+@pytest.fixture(autouse=True)
+def loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron keeps the scale of auxiliary losses in a class; ranks are forks of this process."""
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
+
+
 @pytest.fixture
 def router() -> ExpertRouter:
     """Return a router of 8 experts with a bias that only fp32 can hold."""
@@ -107,14 +113,13 @@ def balance_loss(router: ExpertRouter, x: torch.Tensor, load: torch.Tensor) -> t
 
 
 def test_the_gradient_of_the_balance_loss_is_its_finite_difference(
-    softmax_router: ExpertRouter, monkeypatch: pytest.MonkeyPatch
+    softmax_router: ExpertRouter,
 ) -> None:
     router, x = softmax_router, hidden(20).double()
     load = torch.linspace(0.0, 2.0, 8)
     router.expert_load.copy_(load)
     router.model.moe_z_loss_coeff = 0.0
     begin_router_step([router], 20)
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
     probs, _ = router(x)
     (grad,) = torch.autograd.grad(probs.sum() * 0, router.weight)
     step = 1e-6 * torch.randn(8, 64, generator=torch.Generator().manual_seed(2)).double()
