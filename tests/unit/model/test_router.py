@@ -21,7 +21,7 @@ FINE_BIAS = 1 + 2.0**-20
 
 @pytest.fixture(autouse=True)
 def loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """megatron keeps the scale of auxiliary losses in a class; ranks are forks of this process."""
+    """Megatron keeps the scale of auxiliary losses in a class; ranks are forks of this process."""
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
 
 
