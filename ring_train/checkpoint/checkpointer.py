@@ -13,6 +13,8 @@ import ring_train.platform  # noqa: F401  (before the first import of megatron-c
 # isort: split
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,8 +23,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ring_train.checkpoint.errors import CheckpointError
-from ring_train.checkpoint.folders import is_whole, newest_step, step_path, whole_steps
+from ring_train.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from ring_train.checkpoint.folders import (
+    drop_after,
+    is_whole,
+    newest_step,
+    set_damaged_aside,
+    step_path,
+    whole_steps,
+)
 from ring_train.checkpoint.identity import (
     check_same_adapters,
     check_same_model,
@@ -89,7 +98,10 @@ class Checkpointer:
         self.plan = plan
         self.groups = groups
         self.folder = Path(plan.config.run_dir) / "checkpoints"
+        self.on_saved: Callable[[int, float], None] = lambda step, seconds: None
+        """Called on rank 0, in the thread that writes, with a step and how long its save took."""
         self._running: Save | None = None
+        self._verified: int | None = None
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending."""
@@ -102,6 +114,31 @@ class Checkpointer:
             CheckpointError: the newest checkpoint is damaged.
         """
         return from_rank_0(lambda: newest_step(self.folder)) is None
+
+    def settle(self) -> list[Path]:
+        """Set damaged checkpoints aside until the newest one is sound; return where they are.
+
+        Every byte of what is kept is read. Collective over all ranks.
+
+        Raises:
+            CheckpointError: the newest checkpoint is of another version, or cannot be renamed.
+        """
+        aside: list[Path] = []
+        while True:
+            try:
+                step = from_rank_0(lambda: newest_step(self.folder))
+                if step is not None:
+                    self._verify(step)
+            except DamagedCheckpoint as error:
+                aside.append(from_rank_0(lambda: set_damaged_aside(self.folder)))
+                logger.warning("%s; it is set aside as %s", error, aside[-1])
+            else:
+                self._verified = step
+                return aside
+
+    def _verify(self, step: int) -> None:
+        folder = self.path(step)
+        _check_hashes(folder, on_all_ranks(lambda: read_manifest(folder)))
 
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` steps."""
@@ -133,7 +170,11 @@ class Checkpointer:
             return target
         num_updates = _on_any_rank(optimizer_step(optimizer))
         # No name here for the copies: only the save may keep them alive.
-        self._running = Save(on_all_ranks(lambda: self._job(state, held, num_updates, nonce)))
+        began, on_saved = time.monotonic(), self.on_saved
+        self._running = Save(
+            on_all_ranks(lambda: self._job(state, held, num_updates, nonce)),
+            lambda: on_saved(state.step, time.monotonic() - began),
+        )
         if not self.plan.config.checkpoint.async_save:
             self.finish()
         return target
@@ -155,6 +196,36 @@ class Checkpointer:
             torch.distributed.barrier()
             raise
 
+    def has_failed(self) -> bool:
+        """Return whether this rank knows that the save under way has failed."""
+        save = self._running
+        futures = [] if save is None else [save.written, save.committed]
+        return any(future.done() and future.exception() for future in futures)
+
+    def newest_within(self, steps: int) -> int:
+        """Return the step of the newest checkpoint of at most so many steps. Collective.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        found = from_rank_0(lambda: max((s for s in self.steps() if s <= steps), default=None))
+        if found is None:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint of at most {steps} steps to roll back to; "
+                "journal.jsonl tells which steps were bad and why: mend it and start the run "
+                "again, or raise resilience.max_skipped_in_a_row"
+            )
+        return found
+
+    def roll_back(self, step: int, model: Model, optimizer: MegatronOptimizer) -> TrainState:
+        """Load the checkpoint of a step; newer ones are no more. Collective over all ranks.
+
+        Raises:
+            CheckpointError: see `restore_or_init`.
+        """
+        from_rank_0(lambda: drop_after(self.folder, step))
+        return self.restore_or_init(model, optimizer)
+
     def restore_or_init(self, model: Model, optimizer: MegatronOptimizer) -> TrainState:
         """Load the newest checkpoint of the run into model and optimizer, if there is one.
 
@@ -169,7 +240,9 @@ class Checkpointer:
             return TrainState()
         folder = self.path(step)
         resumed = on_all_ranks(lambda: self._plan_restore(folder, model, optimizer))
-        _check_content(folder, resumed.manifest, resumed.copies)
+        if step != self._verified:
+            _check_hashes(folder, resumed.manifest)
+        _check_pieces(folder, resumed.manifest, resumed.copies)
 
         def fill() -> None:
             run_copies(folder, resumed.copies)
@@ -272,15 +345,17 @@ def load_weights(folder: Path, model: Model, plan: Plan, groups: ProcessGroupCol
         return manifest, plan_copies(folder, manifest, wanted, same_dtype=False)
 
     manifest, copies = on_all_ranks(plan_load)
-    _check_content(folder, manifest, copies)
+    _check_hashes(folder, manifest)
+    _check_pieces(folder, manifest, copies)
     on_all_ranks(lambda: run_copies(folder, copies))
 
 
-def _check_content(folder: Path, manifest: Manifest, copies: list[Copy]) -> None:
-    """Raise CheckpointError on all ranks unless the files hold what is to be copied.
-
-    Collective over all ranks, which share the reading.
-    """
+def _check_hashes(folder: Path, manifest: Manifest) -> None:
+    """Raise on all ranks unless the files are what was written. Collective; ranks share them."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     on_all_ranks(lambda: check_hashes(folder, manifest, rank, world_size))
+
+
+def _check_pieces(folder: Path, manifest: Manifest, copies: list[Copy]) -> None:
+    """Raise on all ranks unless the files hold what is to be copied. Collective over all ranks."""
     on_all_ranks(lambda: check_pieces(folder, manifest, (copy.piece for copy in copies)))

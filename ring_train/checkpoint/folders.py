@@ -112,6 +112,21 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
+def set_damaged_aside(folder: Path) -> Path:
+    """Rename the newest checkpoint of a folder, which is damaged; nothing removes it then."""
+    _, path = next(step_folders(folder))
+    aside = path.with_name(f"{path.name}.damaged_{secrets.token_hex(4)}")
+    path.rename(aside)
+    return aside
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Let checkpoints of more than `step` steps be no more; the next save removes them."""
+    for later, path in list(step_folders(folder)):
+        if later > step:
+            set_aside(path)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove all that is no checkpoint, or not any more."""
     for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_train.checkpoint.boxes import Box
-from ring_train.checkpoint.errors import CheckpointError
+from ring_train.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from ring_train.storage.files import FileRecord
 from ring_train.storage.safetensors import DTYPES
 
@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint; "
             "name a folder like RUN_DIR/checkpoints/step_00000100"
         ) from None
@@ -191,9 +191,9 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def damaged(path: Path, relation: str) -> CheckpointError:
+def damaged(path: Path, relation: str) -> DamagedCheckpoint:
     """Return the error for a file of a checkpoint that is not what was written."""
-    return CheckpointError(
+    return DamagedCheckpoint(
         f"{path} {relation}: the checkpoint is damaged; restore the file from a copy, or remove "
         "the folder to go on from the checkpoint before"
     )

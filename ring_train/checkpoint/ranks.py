@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from ring_train.checkpoint.errors import CheckpointError
+from ring_train.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from ring_train.errors import UserError
 
 
@@ -28,14 +28,19 @@ def on_all_ranks[T](function: Callable[[], T]) -> T:
 
 
 def raise_first(problem: str | None, cause: Exception | None = None) -> None:
-    """Raise a CheckpointError on every rank if one has a problem. Collective over the world."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    """Raise a CheckpointError on every rank if one has a problem. Collective over the world.
+
+    A DamagedCheckpoint, if that is what the first rank with a problem found.
+    """
+    problems: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    mine = None if problem is None else (problem, isinstance(cause, DamagedCheckpoint))
+    dist.all_gather_object(problems, mine)
     found = next(filter(None, problems), None)
     if cause is not None and not isinstance(cause, (UserError, OSError)):
         raise cause
     if found:
-        raise CheckpointError(found) from cause
+        message, is_damaged = found
+        raise (DamagedCheckpoint if is_damaged else CheckpointError)(message) from cause
 
 
 def from_rank_0[T](function: Callable[[], T]) -> T:

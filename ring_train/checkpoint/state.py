@@ -26,6 +26,10 @@ class TrainState:
     """{phase: {domain: tokens}} that were trained on."""
     mixture: list[dict[str, Any]] = field(default_factory=list)
     """What the samples of each phase depend on, see `ring_train.data.mixture`."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """Numbers of the steps so far whose data was passed over without an update, ascending."""
+    recent: list[list[float]] = field(default_factory=list)
+    """[loss in nats, gradient norm] of the last updates, oldest first, if spikes are judged."""
 
 
 def state_text(state: TrainState, num_updates: int) -> str:

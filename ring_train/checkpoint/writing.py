@@ -93,23 +93,29 @@ class Save:
 
     Args:
         job: what to write.
+        on_committed: called on rank 0, in that thread, once the checkpoint is durable.
     """
 
-    def __init__(self, job: SaveJob) -> None:
+    def __init__(self, job: SaveJob, on_committed: Callable[[], None] = lambda: None) -> None:
         # The copies of the state live until they are written: only the list holds them.
         self.job = replace(job, tensors={}, values={})
         self.written: Future[None] = Future()
         self.committed: Future[None] = Future()
         self._abandoned = threading.Event()
+        self._on_committed = on_committed
         name = f"save {job.step}"
         threading.Thread(target=self._run, args=([job],), daemon=True, name=name).start()
 
     def _run(self, pending: list[SaveJob]) -> None:
         _fulfil(self.written, lambda: write_rank(pending.pop()))
         if self.job.rank == 0:
-            _fulfil(self.committed, lambda: commit(self.job, self._abandoned))
+            _fulfil(self.committed, self._commit)
         else:
             self.committed.set_result(None)
+
+    def _commit(self) -> None:
+        if commit(self.job, self._abandoned):
+            self._on_committed()
 
     def abandon(self) -> None:
         """Leave nothing of a save that failed, once no rank writes any more."""
@@ -137,25 +143,27 @@ def write_rank(job: SaveJob) -> None:
     write_record(job.partial, job.rank, files, job.tensors)
 
 
-def commit(job: SaveJob, abandoned: threading.Event) -> None:
+def commit(job: SaveJob, abandoned: threading.Event) -> bool:
     """Wait for all ranks, write the manifest, rename the folder and drop old checkpoints.
 
-    A whole checkpoint of this step stays; a damaged one gives way.
+    Returns whether the checkpoint is there, which it is not if the save was abandoned. A whole
+    checkpoint of this step stays; a damaged one gives way.
 
     Raises:
         CheckpointError, OSError: the checkpoint is not there.
     """
     if not _all_ranks_have_written(job, abandoned):
-        return
+        return False
     assemble(job.partial, job.world_size, job.small_files, step=job.step, saved_by=job.saved_by)
     if is_whole(job.target):
         # `save` did not begin with one there: it is of another job on this run folder.
         logger.warning("%s was saved by another job meanwhile and is kept", job.target)
         remove_leftover(job.partial)
-        return
+        return True
     damaged = set_aside(job.target) if job.target.exists() else None
     job.partial.rename(job.target)
     _settle(job, damaged)
+    return True
 
 
 def _settle(job: SaveJob, damaged: Path | None) -> None:

@@ -25,6 +25,7 @@ from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
 from ring_train.config.phases import BatchRampConfig, PhaseConfig
+from ring_train.config.resilience import ResilienceConfig
 from ring_train.config.root import (
     Config,
     ConvertConfig,
@@ -34,10 +35,12 @@ from ring_train.config.root import (
     ExportConfig,
     GenerateConfig,
     MergeCheckpointsConfig,
+    PlotConfig,
     ProveMixtureConfig,
     ReproduceConfig,
     ScoreConfig,
     SelectCheckpointConfig,
+    StatusConfig,
     ValidateConfig,
     VerifyCheckpointConfig,
     VerifyExportConfig,
@@ -74,15 +77,18 @@ __all__ = [
     "Packing",
     "ParallelConfig",
     "PhaseConfig",
+    "PlotConfig",
     "Precision",
     "PromptFormat",
     "ProveMixtureConfig",
     "RecomputeGranularity",
     "RecomputeMethod",
     "ReproduceConfig",
+    "ResilienceConfig",
     "ScoreConfig",
     "ScoreFunction",
     "SelectCheckpointConfig",
+    "StatusConfig",
     "TrainConfig",
     "ValidateConfig",
     "VerifyCheckpointConfig",

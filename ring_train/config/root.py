@@ -22,6 +22,7 @@ from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
 from ring_train.config.phases import PhaseConfig
+from ring_train.config.resilience import ResilienceConfig
 from ring_train.config.train import CheckpointConfig, LoggingConfig, TrainConfig
 
 
@@ -45,6 +46,7 @@ class Config:
     """Checkpoint or Hugging Face folder with the initial weights; null = random."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that are trained in place of the weights of `init_from`."""
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     seed: int = 1234
     decay_layer_rule: DecayLayerRule | None = None
     """For `init_from` of a linear Hugging Face folder whose config does not say it."""
@@ -247,6 +249,26 @@ class ReproduceConfig:
     """Run folder to repeat."""
     run_dir: str | None = None
     """Folder of the repetition; null = beside the recorded run."""
+
+
+@dataclass(kw_only=True)
+class StatusConfig:
+    """Where a run stands."""
+
+    run_dir: str
+    """Run folder."""
+    json: str | None = None
+    """File that also receives the status; null = none."""
+    watch_s: float | None = None
+    """Print again so often; null = once."""
+
+
+@dataclass(kw_only=True)
+class PlotConfig:
+    """The pictures of a run, drawn again."""
+
+    run_dir: str
+    """Run folder; receives the pictures."""
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ring_train.errors import UserError
+from ring_train.runtime.agreement import Agreement
 from ring_train.runtime.device import local_device
 from ring_train.runtime.logs import start_logs
 
@@ -29,6 +30,8 @@ class Groups:
 
     collection: ProcessGroupCollection
     """What megatron-core's `pg_collection` arguments take."""
+    agreement: Agreement
+    """What all ranks agree on, apart from what they compute."""
     device: torch.device
     """Where this rank's tensors live."""
     rank: int
@@ -66,8 +69,10 @@ def start_runtime(plan: "Plan") -> Iterator[Groups]:
     owned = not dist.is_initialized()
     if owned:
         _init_world(plan.mesh.world_size)
+    groups = None
     try:
-        yield _make_groups(plan)
+        groups = _make_groups(plan)
+        yield groups
     except UserError as error:
         if owned and not _is_first_to_fail():
             raise SystemExit(2) from error
@@ -75,6 +80,8 @@ def start_runtime(plan: "Plan") -> Iterator[Groups]:
         raise
     finally:
         _forget_groups()
+        if groups is not None and not owned:
+            dist.destroy_process_group(groups.agreement.group)
         if owned:
             dist.destroy_process_group()
 
@@ -120,6 +127,7 @@ def _make_groups(plan: "Plan") -> Groups:
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
         collection=collection,
+        agreement=Agreement(_control_group(), lag=mesh.pp),
         device=local_device(),
         rank=dist.get_rank(),
         world_size=mesh.world_size,
@@ -130,6 +138,13 @@ def _make_groups(plan: "Plan") -> Groups:
         cp_rank=collection.cp.rank(),
         dp_rank=collection.dp.rank(),
     )
+
+
+def _control_group() -> dist.ProcessGroup:
+    """Return a gloo group of all ranks that nothing else uses. Collective over the world."""
+    group = dist.new_group(backend="gloo", group_desc="control")
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return group
 
 
 def _forget_groups() -> None:

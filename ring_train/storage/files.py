@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+before_writing: list[Callable[[Path], None]] = []
+"""Called with the path of each file that `write_synced` is about to write: faults for tests."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecor
 def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
     """Write a file that is on the disk when this returns; return its size."""
     num_bytes = 0
+    for call in before_writing:
+        call(path)
     with path.open("wb", buffering=0) as file:
         for chunk in chunks:
             rest = memoryview(chunk)

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from ring_train.storage.lines import PatientLines
 from ring_train.train.step import StepResult
 
 logger = logging.getLogger(__name__)
 
 FILES = (
     *("metrics.jsonl", "timing.jsonl", "validation.jsonl", "evaluation.jsonl"),
-    "ledger.jsonl",
+    *("ledger.jsonl", "loads.jsonl"),
 )
 """Records of a run, each with its step."""
 ANSWERS_NAME = re.compile(r"step_(\d{8,})\.jsonl")
@@ -98,11 +99,21 @@ class MetricsWriter:
         run_dir: the run folder.
         done_steps: steps completed before; records of later ones are removed.
         tensorboard: whether to write event files too.
+        lines: keeps what a failing disk does not take.
     """
 
-    def __init__(self, run_dir: Path, *, done_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        done_steps: int,
+        tensorboard: bool,
+        lines: PatientLines | None = None,
+    ) -> None:
         self.run_dir = run_dir
+        self.lines = lines or PatientLines()
         for name in FILES:
+            self.lines.discard(run_dir / name)
             _truncate(run_dir / name, done_steps)
         for step, path in answer_files(run_dir):
             if step > done_steps:
@@ -115,8 +126,7 @@ class MetricsWriter:
 
     def write(self, file: str, step: int, record: Mapping[str, float | str | None]) -> None:
         """Append {"step": step, **record} to `<file>.jsonl`, and its numbers to TensorBoard."""
-        with (self.run_dir / f"{file}.jsonl").open("a") as out:
-            out.write(json.dumps({"step": step, **record}) + "\n")
+        self._append(file, {"step": step, **record})
         if self.board is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
@@ -127,12 +137,18 @@ class MetricsWriter:
     ) -> None:
         """Append the tokens read so far, by phase and domain, to ledger.jsonl and TensorBoard."""
         record = {"step": step, "samples": samples, "phase": phase, "tokens": ledger}
-        with (self.run_dir / "ledger.jsonl").open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        self._append("ledger", record)
         if self.board is not None:
             for domain in ledger[phase]:
                 read = sum(domains.get(domain, 0) for domains in ledger.values())
                 self.board.add_scalar(f"tokens/{domain}", read, step)
+
+    def write_loads(self, step: int, loads: Mapping[int, Sequence[int]]) -> None:
+        """Append the tokens of each expert, by layer number, to loads.jsonl."""
+        self._append("loads", {"step": step, "layers": {str(n): c for n, c in loads.items()}})
+
+    def _append(self, file: str, record: Mapping[str, object]) -> None:
+        self.lines.append(self.run_dir / f"{file}.jsonl", json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Flush the event files."""

@@ -32,7 +32,8 @@ PACKAGES = ("torch", "megatron-core", "triton", "transformers", "numpy", "hydra-
 MAY_CHANGE = (
     *("train.stop_after_step", "train.time_limit_s", "run_dir", "logging.", "checkpoint."),
     *("evaluation.interval_steps", "evaluation.max_batch_size", "evaluation.max_prefill_tokens"),
-    "data.index_dir",
+    *("resilience.resume_from_previous", "resilience.hang_", "resilience.io_"),
+    *("resilience.stop_margin_s", "resilience.faults", "data.index_dir"),
 )
 """Beginnings of the keys that no figure of a run depends on."""
 

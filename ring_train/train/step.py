@@ -7,7 +7,7 @@ change them. The same function serves evaluation and scoring.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -102,6 +102,7 @@ def forward_backward(
     *,
     num_domains: int,
     loss_weights: Sequence[float] | None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> LossSums:
     """Run all micro batches; with `loss_weights`, leave reduced gradients in `main_grad`.
 
@@ -112,6 +113,7 @@ def forward_backward(
         groups: process groups.
         num_domains: size of the per-domain sums.
         loss_weights: weight of the next-token loss and of each MTP depth; None: forward only.
+        before_each: called before the forward of each micro batch; what it raises ends the step.
     """
     seq_length = len(micro_batches[0].tokens)
     micro_batches = context_parts(micro_batches, groups)
@@ -121,6 +123,7 @@ def forward_backward(
     scale = (weights.to(counts.device) / counts.clamp(min=1)).to(torch.float64)
 
     def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module):
+        before_each()
         batch = next(batches)
         return chunk(batch), partial(_loss, batch=batch, scale=scale, num_domains=num_domains)
 
@@ -178,6 +181,71 @@ def _reduce(
     return LossSums(*total.split(split))
 
 
+def compute_gradients(
+    plan: Plan,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    micro_batches: Sequence[Batch],
+    groups: ProcessGroupCollection,
+    *,
+    num_domains: int,
+    before_each: Callable[[], None] = lambda: None,
+) -> LossSums:
+    """Leave the reduced gradients of one step in the buffers; return its sums.
+
+    Nothing that a run consists of changes, so it can be called again.
+
+    Args:
+        plan: weights of the losses.
+        model: model chunks of this rank.
+        optimizer: forgets the gradients of before.
+        micro_batches: see `forward_backward`.
+        groups: process groups.
+        num_domains: size of the per-domain sums.
+        before_each: see `forward_backward`.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    depths = plan.layers.num_mtp
+    factor = plan.config.model.mtp_loss_scaling_factor
+    return forward_backward(
+        model,
+        micro_batches,
+        groups,
+        num_domains=num_domains,
+        loss_weights=[1.0, *[factor / depths] * depths] if depths else [1.0],
+        before_each=before_each,
+    )
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Return the L2 norm of all gradients before clipping; `apply_gradients` may follow.
+
+    Collective over the ranks that share the norm.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm() or 0.0)
+
+
+def apply_gradients(
+    plan: Plan,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+    *,
+    step: int,
+    sums: LossSums,
+) -> StepResult:
+    """Update weights and routers by the gradients of a step (0-based); return its figures."""
+    lr = learning_rate(plan.config.optim, step, plan.config.train.num_steps)
+    set_learning_rate(optimizer, lr, plan.config.optim.weight_decay)
+    outcome: Any = optimizer.step()  # megatron's base class declares None
+    _, grad_norm, _ = outcome
+    loads = finish_router_step(model, groups, plan.at(step).phase.moe_router_bias_update_rate)
+    return StepResult(sums, float(grad_norm or 0.0), lr, loads)
+
+
 def train_step(
     plan: Plan,
     model: list[DistributedDataParallel],
@@ -189,21 +257,5 @@ def train_step(
     num_domains: int,
 ) -> StepResult:
     """Run one optimizer step (0-based `step`) and the expert-bias update; return its figures."""
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    depths = plan.layers.num_mtp
-    factor = plan.config.model.mtp_loss_scaling_factor
-    sums = forward_backward(
-        model,
-        micro_batches,
-        groups,
-        num_domains=num_domains,
-        loss_weights=[1.0, *[factor / depths] * depths] if depths else [1.0],
-    )
-    lr = learning_rate(plan.config.optim, step, plan.config.train.num_steps)
-    set_learning_rate(optimizer, lr, plan.config.optim.weight_decay)
-    outcome: Any = optimizer.step()  # megatron's base class declares None
-    _, grad_norm, _ = outcome
-    loads = finish_router_step(model, groups, plan.at(step).phase.moe_router_bias_update_rate)
-    return StepResult(sums, float(grad_norm or 0.0), lr, loads)
+    sums = compute_gradients(plan, model, optimizer, micro_batches, groups, num_domains=num_domains)
+    return apply_gradients(plan, model, optimizer, groups, step=step, sums=sums)

@@ -42,7 +42,9 @@ def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, Any]:
     """
     from ring_train.checkpoint.checkpointer import Checkpointer
     from ring_train.model.build import build_model
+    from ring_train.resilience.attempt import start_attempt
     from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.components import Components
     from ring_train.train.loop import Trainer
     from ring_train.train.optimizer import build_optimizer
 
@@ -50,13 +52,14 @@ def run_until(run_dir: Path, stop: int, overrides: list[str]) -> dict[str, Any]:
     run = [f"run_dir={run_dir}", f"train.stop_after_step={stop}"]
     plan = short_plan([*overrides, *logs, *run])
     run_dir.mkdir(exist_ok=True)
-    with start_runtime(plan) as groups:
+    with start_runtime(plan) as groups, start_attempt(plan, groups) as attempt:
         model = build_model(plan, groups.collection)
         optimizer = build_optimizer(plan, model, groups.collection)
         checkpoints = Checkpointer(plan, groups.collection)
         state = checkpoints.restore_or_init(model, optimizer)
         batches: Any = SyntheticBatches(plan)
-        trainer = Trainer(plan, model, optimizer, batches, checkpoints, groups)
+        parts = Components(model, optimizer, batches, checkpoints)
+        trainer = Trainer(plan, parts, groups, attempt)
         assert trainer.train(state).step == stop
         assert checkpoints.steps()[-1] == stop
         saved = sorted(digests(run_dir, stop).items())
