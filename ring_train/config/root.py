@@ -47,6 +47,8 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that are trained in place of the weights of `init_from`."""
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    profile: bool = False
+    """Trace steps and memory: logging.profile_steps of logging.profile_ranks."""
     seed: int = 1234
     decay_layer_rule: DecayLayerRule | None = None
     """For `init_from` of a linear Hugging Face folder whose config does not say it."""

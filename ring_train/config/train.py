@@ -1,6 +1,6 @@
 """How long, in which batches, and how often to look."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ring_train.config.choices import Precision
 
@@ -50,3 +50,14 @@ class LoggingConfig:
     tensorboard: bool
     progress: bool | None
     """Progress bar instead of plain lines; null = if standard error is a terminal."""
+    stragglers: bool = True
+    """Measure each rank's own seconds per step."""
+    profile_steps: list[int] | None = None
+    """First and last step, numbered as in metrics.jsonl, that `profile=true` traces; null = the
+    third and fourth of this start."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Global ranks that are traced."""
+    wandb: str | None = None
+    """Project at Weights & Biases; null = none."""
+    trackio: str | None = None
+    """Project of Trackio; null = none."""

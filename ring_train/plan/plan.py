@@ -17,6 +17,7 @@ from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
 from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems, step_plan
 from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_problems
 from ring_train.plan.problems import PlanError
+from ring_train.plan.profiling import profiling_problems
 from ring_train.plan.recompute import recompute_problems
 from ring_train.plan.schedule import schedule_problems
 
@@ -84,6 +85,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *run_problems(config),
         *lora_problems(config),
         *evaluation_problems(config),
+        *profiling_problems(config.logging, world_size),
     ]
     if problems:
         raise PlanError(problems)

@@ -29,6 +29,7 @@ CAUSES = {
     "validate": "held-out loss",
     "evaluate": "answers to problems",
     "log": "figures and records",
+    "roll_back": "restoring an older checkpoint",
     HANG: "no step, until the watchdog ended the job",
     UNKNOWN: "from the last record of a job that was killed or failed to its death",
     OTHER: "between records, without a cause",
@@ -42,6 +43,7 @@ FINISHED, STOPPED, FAILED, HUNG, KILLED, RUNNING = (
 ENDINGS = {"finish": FINISHED, "stop": STOPPED, "error": FAILED, "hang": HUNG}
 """Event -> how it ends an attempt; the first one of an attempt counts."""
 BEGUN = ("resume", "init")
+READY = ("ready", "progress")
 FAILURES = (FAILED, HUNG, KILLED)
 SECOND = 1_000_000
 
@@ -116,7 +118,8 @@ def make_account(
     Args:
         events: records of a journal, in its order; what is no record is left out.
         alive: Unix seconds at which the last attempt was last seen alive, if it has told no end.
-        is_running: whether that attempt is alive now.
+        is_running: whether that attempt is alive now; then time since its last progress is left
+            out: what it was will be known at the next.
     """
     walk = _Walk()
     attempts = []
@@ -132,7 +135,7 @@ def make_account(
 def _seen_alive(start: Mapping[str, Any] | None) -> float | None:
     """Return when the attempt before a start was last seen alive, if the start says so."""
     seen = None if start is None else start.get("previous_alive")
-    return float(seen) if _is_number(seen) else None
+    return float(seen) if isinstance(seen, int | float) and math.isfinite(seen) else None
 
 
 def _by_attempt(events: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
@@ -190,12 +193,17 @@ class _Walk:
         end = next((event for event in events if event["event"] in ENDINGS), None)
         told = None if end is None else ENDINGS[end["event"]]
         self.saved = False
-        for event in events:
+        ready = next((i for i, e in enumerate(events) if e["event"] in READY), len(events))
+        for event in events[:ready]:
+            self._spend(STARTUP, _time(event))
             self._take(event)
-        if told is None and alive is not None:
-            ready = any(event["event"] in ("ready", "progress") for event in events)
-            self._spend(UNKNOWN if ready else STARTUP, round(alive * SECOND))
-        self._spend(OTHER if told in (FINISHED, STOPPED) else UNKNOWN, _time(events[-1]))
+        for event in events[ready:]:
+            self._take(event)
+        is_ready = ready < len(events)
+        if told is None and alive is not None and not (is_running and is_ready):
+            self._spend(UNKNOWN if is_ready else STARTUP, round(alive * SECOND))
+        if not is_running:
+            self._spend(OTHER if told in (FINISHED, STOPPED) else UNKNOWN, _time(events[-1]))
         return Attempt(
             number=first["attempt"],
             started=started,

@@ -1,30 +1,50 @@
-"""The curves of a run as one PNG."""
+"""The pictures of a run: its curves, and those of the modules beside this one."""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from ring_train.plan import Plan
+from ring_train.train.heat_map import write_heat_map
+from ring_train.train.records import Series, read_series
+from ring_train.train.time_plots import write_goodput, write_stragglers
 
 logger = logging.getLogger(__name__)
 
-Series = dict[str, tuple[list[int], list[float]]]
-
 
 def write_plots(plan: Plan, rank: int) -> None:
-    """Write `curves.png` from the records of the run folder. Does nothing but on rank 0."""
+    """Write the pictures of a run that ends. Does nothing but on rank 0.
+
+    A picture that cannot be drawn or written is said, and costs no run its success.
+    """
     if rank != 0:
         return
-    run_dir = Path(plan.config.run_dir)
+    try:
+        draw_run(Path(plan.config.run_dir), plan.cost.num_parameters)
+    except (OSError, ValueError) as error:
+        logger.warning("a picture could not be made (%s); jobs.plot draws all again", error)
+
+
+def draw_run(run_dir: Path, num_parameters: int) -> list[Path]:
+    """Draw every picture for which a run folder has records; return their paths."""
+    title = f"{run_dir.resolve().name}: {num_parameters / 1e6:.1f}M parameters"
+    pictures = [
+        draw(run_dir, title)
+        for draw in (write_curves, write_heat_map, write_goodput, write_stragglers)
+    ]
+    return [path for path in pictures if path is not None]
+
+
+def write_curves(run_dir: Path, title: str) -> Path | None:
+    """Draw curves.png; return it, None before the first record."""
     metrics, timing, validation, evaluation = (
-        _read_series(run_dir / f"{name}.jsonl")
+        read_series(run_dir / f"{name}.jsonl")
         for name in ("metrics", "timing", "validation", "evaluation")
     )
     if not metrics:
-        return
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,26 +68,14 @@ def write_plots(plan: Plan, rank: int) -> None:
         ]
     columns = len(panels) // 2
     figure, axes = pyplot.subplots(2, columns, figsize=(5 * columns, 8), layout="constrained")
-    for axis, (title, series) in zip(axes.flat, panels, strict=True):
-        _draw(axis, title, series)
-    figure.suptitle(f"{run_dir.name}: {plan.cost.num_parameters / 1e6:.1f}M parameters")
-    figure.savefig(run_dir / "curves.png", dpi=100)
+    for axis, (name, series) in zip(axes.flat, panels, strict=True):
+        _draw(axis, name, series)
+    figure.suptitle(title)
+    path = run_dir / "curves.png"
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
-    logger.info("wrote %s", run_dir / "curves.png")
-
-
-def _read_series(path: Path) -> Series:
-    """Return {key: (steps, values)} of a JSON-lines file of records."""
-    series: Series = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            step = record.pop("step")
-            for key, value in record.items():
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(value)
-    return series
+    logger.info("wrote %s", path)
+    return path
 
 
 def _select(series: Series, *wanted: str, exact: bool = False) -> Series:

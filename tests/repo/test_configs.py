@@ -40,6 +40,8 @@ REQUIRED = {
     "build_index": ["model=tiny"],
     "explain": ["run=a", "sample=0"],
     "prove_mixture": ["run=a"],
+    "status": ["run_dir=a"],
+    "plot": ["run_dir=a"],
     "verify_checkpoint": ["folder=a"],
     "verify_export": ["hf_dir=a"],
 }

@@ -131,6 +131,12 @@ def test_a_run_that_died_while_starting_was_starting() -> None:
     assert make_account([event(0, "start")], alive=T0, is_running=True).goodput is None
 
 
+@pytest.mark.parametrize("name", ["stop", "error", "hang"])
+def test_what_ends_before_the_first_step_was_starting(name: str) -> None:
+    events = [event(0, "start"), event(7, "init"), event(9, name, seconds=3)]
+    assert parts_of(events, alive=T0 + 50) == {"startup": 9}
+
+
 def test_late_words_of_an_older_attempt_and_things_that_are_no_records_are_left_out() -> None:
     broken: list[Event] = [{}, {"time": "x", "event": "progress", "attempt": 1}, event(90, "", 1)]
     second = [event(20, "start", 2), event(20, "init", 2), event(30, "ready", 2)]
@@ -185,7 +191,7 @@ def test_parts_add_up_to_the_wall_time_whatever_was_written(
 def test_productive_time_is_that_of_the_steps_reached(runs: list[tuple[int, int]]) -> None:
     """Each attempt trains `steps` of one second, then goes `back` that many at the next start."""
     events: list[Event] = []
-    now = at = 0
+    now = at = reached = 0
     for attempt, (steps, back) in enumerate(runs, start=1):
         events += [event(now, "start", attempt), event(now, "resume", attempt, at)]
         now, at = now + steps, at + steps
