@@ -9,6 +9,7 @@ from typing import Any
 
 from ring_train.errors import UserError
 from ring_train.resilience.journal import JOURNAL_FILE, read_journal
+from ring_train.resilience.run_lock import LOCK_FILE
 
 TAIL_BYTES = 2**20
 """Of a file of records are read; the last hundreds of them."""
@@ -61,7 +62,7 @@ def check_run_folder(run_dir: Path) -> None:
         raise UserError(f"{key} is not a folder; name the run_dir of a run")
     if run_dir.parent.name == "checkpoints":
         raise UserError(f"{key} is a checkpoint; name its run folder, {run_dir.parent.parent}")
-    if not any((run_dir / name).exists() for name in (JOURNAL_FILE, "config.yaml", "run.lock")):
+    if not any((run_dir / name).exists() for name in (JOURNAL_FILE, "config.yaml", LOCK_FILE)):
         raise UserError(
             f"{key} is not a run folder: it has neither {JOURNAL_FILE} nor config.yaml; "
             "name the run_dir of a run"

@@ -10,8 +10,8 @@ from typing import Any
 
 from ring_train.jobs.run_files import read_events, read_record, read_tail
 from ring_train.resilience.goodput import Account, make_account
+from ring_train.resilience.run_lock import LOCK_FILE, renewed_at
 
-LOCK_FILE = "run.lock"
 DEAD_S = 60.0
 """A lock that is not renewed for so long is that of a dead job."""
 RECENT = 20
@@ -86,7 +86,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     """
     events = read_events(run_dir)
     outcome = read_record(run_dir / "outcome.json")
-    alive = _renewed_at(run_dir / LOCK_FILE)
+    alive = renewed_at(run_dir / LOCK_FILE)
     is_running = alive is not None and now - alive < DEAD_S
     account = make_account(events, alive=now if is_running else alive, is_running=is_running)
     metrics, timing = (read_tail(run_dir / f"{name}.jsonl") for name in ("metrics", "timing"))
@@ -139,13 +139,6 @@ def _state(
     if state in ("finished", "stopped", "failed"):
         return state, str(outcome.get("reason") or "")
     return "dead", f"{LOCK_FILE} is gone, and no end was told"
-
-
-def _renewed_at(lock: Path) -> float | None:
-    try:
-        return lock.stat().st_mtime
-    except OSError:
-        return None
 
 
 def _last(account: Account) -> int:

@@ -19,6 +19,7 @@ from ring_train.runtime.errors import run_job
 
 MAX_ATTEMPTS = 8
 MAX_STRAGGLERS = 4
+MAX_TEXT = 72
 QUIET_STEPS = 10
 """A running job that logged nothing for so many of its intervals is remarked on."""
 CLEAR = "\x1b[H\x1b[2J"
@@ -169,7 +170,7 @@ def _goodput(status: Status) -> list[str]:
         share = f"{us / account.total_us:.1%}"
         rows.append((cause, duration(us / SECOND), share, CAUSES.get(cause, "")))
     mtbf = "" if account.mtbf_s is None else f", one each {duration(account.mtbf_s)} of running"
-    failures = f"{account.failures} failures{mtbf}"
+    failures = f"{account.failures} failure{'s' * (account.failures != 1)}{mtbf}"
     rows.append(("all", duration(account.total_us / SECOND), "100.0%", failures))
     return aligned(rows, texts=(0, 3))
 
@@ -190,7 +191,7 @@ def _attempt(attempt: Attempt, status: Status | None) -> tuple[str, ...]:
     steps = "none" if attempt.first_step is None else f"{attempt.first_step} to {attempt.last_step}"
     until = status.now if status and attempt.ending == "running" else attempt.ended
     ran = duration(until - attempt.started)
-    ended = f"{attempt.ending}: {attempt.detail}" if attempt.detail else attempt.ending
+    ended = f"{attempt.ending}: {short(attempt.detail)}" if attempt.detail else attempt.ending
     ranks = "" if attempt.world_size is None else str(attempt.world_size)
     return str(attempt.number), date(attempt.started), ran, ranks, steps, ended
 
@@ -205,6 +206,11 @@ def aligned(rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> list[
         ).rstrip()
         for row in rows
     ]
+
+
+def short(text: str) -> str:
+    """Return the beginning of a long text."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
 
 
 def date(at: float) -> str:

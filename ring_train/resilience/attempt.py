@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 
 from ring_train.checkpoint.folders import CHECKPOINTS, drop_after
@@ -28,7 +29,7 @@ from ring_train.resilience.journal import (
     skipped_steps,
 )
 from ring_train.resilience.outcome import Outcome, State, write_outcome
-from ring_train.resilience.run_lock import RunLock
+from ring_train.resilience.run_lock import RunLock, renewed_at
 from ring_train.resilience.watchdog import Watchdog
 from ring_train.runtime.distributed import Groups
 from ring_train.runtime.signals import SIGNALS, StopRequested
@@ -93,6 +94,8 @@ class _Past:
     attempt: int
     skipped: set[int]
     roll_backs: int
+    last_alive: float | None
+    """Unix seconds at which a start that gave its lock not back renewed it last."""
 
 
 @contextmanager
@@ -114,6 +117,8 @@ def start_attempt(plan: Plan, groups: Groups) -> Iterator[Attempt]:
         world_size=groups.world_size,
         hosts=sorted(set(hosts)),
         pid=os.getpid(),
+        launched=round(psutil.Process().create_time(), 3),
+        previous_alive=past.last_alive,
         job_id=job_id(),
         restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         num_steps=plan.config.train.num_steps,
@@ -143,6 +148,7 @@ def _take(run_dir: Path, lock: RunLock | None) -> _Past:
     assert lock is not None, "rank 0 alone takes the folder"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        last_alive = renewed_at(lock.path)
         lock.acquire()
         events = read_journal(run_dir)
         last = next(
@@ -157,7 +163,7 @@ def _take(run_dir: Path, lock: RunLock | None) -> _Past:
             "that can"
         ) from error
     roll_backs = sum(event["event"] == ROLL_BACK for event in events)
-    return _Past(next_attempt(events), skipped_steps(events), roll_backs)
+    return _Past(next_attempt(events), skipped_steps(events), roll_backs, last_alive)
 
 
 def _make_attempt(plan: Plan, rank: int, past: _Past) -> Attempt:

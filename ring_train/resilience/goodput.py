@@ -29,6 +29,7 @@ CAUSES = {
     "validate": "held-out loss",
     "evaluate": "answers to problems",
     "log": "figures and records",
+    "profile": "writing traces of steps",
     "roll_back": "restoring an older checkpoint",
     HANG: "no step, until the watchdog ended the job",
     UNKNOWN: "from the last record of a job that was killed or failed to its death",
@@ -187,7 +188,9 @@ class _Walk:
     ) -> Attempt:
         """Account for one attempt and return what became of it."""
         first = events[0]
-        self._spend(DOWN, _time(first))
+        # The process has begun before it could write a record.
+        launched = first.get("launched")
+        self._spend(DOWN, _time({"time": launched}) if _is_number(launched) else _time(first))
         started = self.now / SECOND
         begun = next((_begun(event) for event in events if event["event"] in BEGUN), None)
         end = next((event for event in events if event["event"] in ENDINGS), None)

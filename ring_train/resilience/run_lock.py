@@ -122,17 +122,18 @@ def _is_alive(path: Path, holder: Owner, seeker: Owner) -> bool:
         return _start_of(holder.pid) == holder.started
     if holder.job_id is not None and holder.job_id == seeker.job_id:
         return False  # requeued: Slurm has ended what ran before
-    first = _renewed_at(path)
+    first = renewed_at(path)
     deadline = time.monotonic() + STALE_S
     logger.warning("%s is held by host %s: watching for a sign of life", path, holder.host)
     while time.monotonic() < deadline:
         time.sleep(1.0)
-        if _renewed_at(path) != first:
+        if renewed_at(path) != first:
             return path.exists()
     return False
 
 
-def _renewed_at(path: Path) -> float | None:
+def renewed_at(path: Path) -> float | None:
+    """Return the Unix seconds at which a lock was renewed last, None if there is none."""
     try:
         return path.stat().st_mtime
     except OSError:

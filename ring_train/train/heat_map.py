@@ -104,7 +104,8 @@ def write_heat_map(run_dir: Path, title: str) -> Path | None:
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = pyplot.figure(figsize=(max(3.6 * columns, 11), 3.4 + 2.2 * rows), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.0, 2.2 * rows])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.0, 2.2 * rows])
+    top, bottom = parts
     _draw_layers(top, loads)
     axes = bottom.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     steps, counts = _in_columns(loads)

@@ -164,6 +164,7 @@ class Trainer:
         at = self.plan.at(state.step)
         number = state.step + 1
         self._enter(at.phase)
+        self.reporter.before(number)
         self.attempt.at("data", number)
         with self.account.spend("data"):
             micro_batches = self._read(state.step)
@@ -176,6 +177,7 @@ class Trainer:
                     num_domains=len(self.parts.batches.domains),
                 )
             result = verdict.result
+            self.reporter.after(number)
             if verdict.decision in (Decision.roll_back, Decision.stop):
                 return self._roll_back(state, number, verdict.decision)
         self.tokens_read[self.plan.phases.index(at.phase)] += count_tokens(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,15 +18,31 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ring_train.storage.lines import PatientLines
+from ring_train.train.heat_map import load_image
 from ring_train.train.step import StepResult
+from ring_train.train.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
 FILES = (
     *("metrics.jsonl", "timing.jsonl", "validation.jsonl", "evaluation.jsonl"),
-    *("ledger.jsonl", "loads.jsonl"),
+    *("ledger.jsonl", "loads.jsonl", "stragglers.jsonl"),
 )
 """Records of a run, each with its step."""
+CHARTS = {
+    "loss": {
+        "training, by domain": ["Multiline", ["metrics/lm_loss/.*"]],
+        "held out, by domain": ["Multiline", ["validation/valid_loss/.*"]],
+    },
+    "routers": {
+        "busiest expert over the mean, by layer": [
+            "Multiline",
+            ["metrics/router_layer/max_over_mean/.*"],
+        ],
+    },
+    "data": {"tokens read, by domain": ["Multiline", ["tokens/.*"]]},
+}
+"""Curves that TensorBoard shows in one chart each, under Custom Scalars."""
 ANSWERS_NAME = re.compile(r"step_(\d{8,})\.jsonl")
 
 
@@ -100,6 +118,7 @@ class MetricsWriter:
         done_steps: steps completed before; records of later ones are removed.
         tensorboard: whether to write event files too.
         lines: keeps what a failing disk does not take.
+        trackers: receive every figure that TensorBoard receives.
     """
 
     def __init__(
@@ -109,8 +128,10 @@ class MetricsWriter:
         done_steps: int,
         tensorboard: bool,
         lines: PatientLines | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.trackers = run_dir, trackers
+        self.last_loads: Mapping[int, Sequence[int]] = {}
         self.lines = lines or PatientLines()
         for name in FILES:
             self.lines.discard(run_dir / name)
@@ -123,14 +144,14 @@ class MetricsWriter:
             if tensorboard
             else None
         )
+        if self.board is not None:
+            self.board.add_custom_scalars(CHARTS)
 
     def write(self, file: str, step: int, record: Mapping[str, float | str | None]) -> None:
         """Append {"step": step, **record} to `<file>.jsonl`, and its numbers to TensorBoard."""
         self._append(file, {"step": step, **record})
-        if self.board is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{file}/{key}", value, step)
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        self._show({f"{file}/{key}": value for key, value in numbers.items()}, step)
 
     def write_ledger(
         self, step: int, samples: int, phase: str, ledger: dict[str, dict[str, int]]
@@ -138,14 +159,41 @@ class MetricsWriter:
         """Append the tokens read so far, by phase and domain, to ledger.jsonl and TensorBoard."""
         record = {"step": step, "samples": samples, "phase": phase, "tokens": ledger}
         self._append("ledger", record)
-        if self.board is not None:
-            for domain in ledger[phase]:
-                read = sum(domains.get(domain, 0) for domains in ledger.values())
-                self.board.add_scalar(f"tokens/{domain}", read, step)
+        read = {
+            f"tokens/{domain}": sum(domains.get(domain, 0) for domains in ledger.values())
+            for domain in ledger[phase]
+        }
+        self._show(read, step)
 
     def write_loads(self, step: int, loads: Mapping[int, Sequence[int]]) -> None:
         """Append the tokens of each expert, by layer number, to loads.jsonl."""
         self._append("loads", {"step": step, "layers": {str(n): c for n, c in loads.items()}})
+        self.last_loads = loads
+
+    def show_loads(self, step: int) -> None:
+        """Show the loads that were written last in TensorBoard, as an image."""
+        if self.board is not None and self.last_loads:
+            image = load_image(self.last_loads)
+            self.board.add_image("experts/tokens_over_mean", image, step, dataformats="HWC")
+
+    def write_step_times(self, step: int, seconds: Sequence[float]) -> None:
+        """Append the own seconds per step of each rank to stragglers.jsonl, null where unknown."""
+        self._append(
+            "stragglers",
+            {"step": step, "step_s": [round(s, 6) if math.isfinite(s) else None for s in seconds]},
+        )
+        measured = [s for s in seconds if math.isfinite(s)]
+        if len(measured) > 1:
+            ratio = max(measured) / max(statistics.median_low(measured), 1e-9)
+            self._show({"stragglers/slowest_over_median": ratio}, step)
+
+    def _show(self, figures: Mapping[str, float], step: int) -> None:
+        """Hand figures to TensorBoard and to trackers."""
+        if self.board is not None:
+            for key, value in figures.items():
+                self.board.add_scalar(key, value, step)
+        if self.trackers is not None:
+            self.trackers.log(figures, step)
 
     def _append(self, file: str, record: Mapping[str, object]) -> None:
         self.lines.append(self.run_dir / f"{file}.jsonl", json.dumps(record) + "\n")

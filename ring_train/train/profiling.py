@@ -4,9 +4,9 @@ Two ways to ask: `profile=true`, with `logging.profile_steps` or else the third 
 this start; or, for a run under way, a file RUN_DIR/profile.request, which rank 0 takes at the next
 logged step and answers with the two steps after it.
 
-RUN_DIR/profile/ receives, per rank that is asked for, `steps_A_to_B_rank_R.json` (chrome://tracing,
-Perfetto), `..._memory.pickle` on CUDA (a snapshot of the allocator; see torch's memory_viz) or
-`..._memory.txt` on the CPU (operators by the memory they take).
+RUN_DIR/profile/ receives, for each rank of `logging.profile_ranks`, `steps_A_to_B_rank_R.json.gz`
+(chrome://tracing, Perfetto), and beside it on CUDA `..._memory.pickle` (a snapshot of the
+allocator; see torch's memory_viz), on the CPU `..._memory.txt` (operators by the memory they take).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StepProfiler:
             first, last = logs.profile_steps or (first, first + NUM_STEPS - 1)
             self.steps = first, last
         self._running: profile | None = None
-        self._begun = 0
+        self._begun = self._done = 0
 
     def before(self, step: int) -> None:
         """Begin a profile if the step, numbered as in metrics.jsonl, is the first of one."""
@@ -63,16 +63,16 @@ class StepProfiler:
 
     def after(self, step: int) -> None:
         """End the profile after its last step."""
+        self._done = step
         if self.steps is not None and step >= self.steps[1]:
-            self.end(step)
+            self.end()
+            self.steps = None
 
-    def end(self, step: int) -> None:
-        """End the profile here, with what it has."""
+    def end(self) -> None:
+        """End a profile that is under way, with what it has."""
         if self._running is not None:
             running, self._running = self._running, None
-            self._write(running, step)
-        if self.steps is not None and step >= self.steps[1]:
-            self.steps = None
+            self._write(running, self._done)
 
     def take_request(self, step: int) -> None:
         """Profile the steps after this one if somebody has asked for it. Collective."""
@@ -107,7 +107,7 @@ class StepProfiler:
         name = f"steps_{self._begun}_to_{step}_rank_{self.groups.rank}"
         try:
             folder.mkdir(exist_ok=True)
-            running.export_chrome_trace(str(folder / f"{name}.json"))
+            running.export_chrome_trace(str(folder / f"{name}.json.gz"))
             if is_cuda:
                 torch.cuda.memory._dump_snapshot(str(folder / f"{name}_memory.pickle"))
             else:
@@ -120,4 +120,4 @@ class StepProfiler:
         finally:
             if is_cuda:
                 torch.cuda.memory._record_memory_history(enabled=None)
-        logger.info("wrote %s", folder / f"{name}.json")
+        logger.info("wrote %s", folder / f"{name}.json.gz")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ring_train.checkpoint.ranks import from_rank_0
 from ring_train.data.ledger import Ledger
 from ring_train.plan import Plan, StepPlan
 from ring_train.resilience.attempt import Attempt
@@ -16,7 +17,10 @@ from ring_train.runtime.distributed import Groups
 from ring_train.train.answer_figures import figures_line
 from ring_train.train.answers import EvaluationResult, write_answers
 from ring_train.train.metrics import MetricsWriter, answers_path, load_figures, step_metrics
+from ring_train.train.profiling import StepProfiler
 from ring_train.train.step import StepResult
+from ring_train.train.stragglers import StepTimes
+from ring_train.train.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,9 @@ class Reporter:
         self.plan, self.groups, self.attempt = plan, groups, attempt
         self.domains, self.account = domains, account
         self.writer: MetricsWriter | None = None
+        self.times = StepTimes(groups.device) if plan.config.logging.stragglers else None
+        self.profiler: StepProfiler | None = None
+        self.trackers: Trackers | None = None
         self.logged_at, self.logged_step = time.monotonic(), 0
         interval = plan.config.logging.interval_steps
         self.loads_interval = interval * max(
@@ -55,6 +62,9 @@ class Reporter:
     def begin(self, step: int) -> None:
         """Go on after `step` steps; records past it are no more."""
         self.logged_at, self.logged_step = time.monotonic(), step
+        if self.profiler is None:
+            self.profiler = StepProfiler(self.plan, self.groups, step)
+            from_rank_0(self._open_trackers)
         if self.groups.rank == 0:
             if self.writer is not None:
                 self.writer.close()
@@ -63,7 +73,27 @@ class Reporter:
                 done_steps=step,
                 tensorboard=self.plan.config.logging.tensorboard,
                 lines=self.attempt.lines,
+                trackers=self.trackers,
             )
+
+    def _open_trackers(self) -> None:
+        self.trackers = Trackers(self.plan)
+
+    def before(self, step: int) -> None:
+        """Watch a step from here, its data included."""
+        if self.profiler is not None:
+            with self.account.spend("profile"):
+                self.profiler.before(step)
+        if self.times is not None:
+            self.times.begin()
+
+    def after(self, step: int) -> None:
+        """Watch a step no further."""
+        if self.times is not None:
+            self.times.end()
+        if self.profiler is not None:
+            with self.account.spend("profile"):
+                self.profiler.after(step)
 
     def pause(self, seconds: float) -> None:
         """Leave seconds out of the speed of training."""
@@ -76,6 +106,7 @@ class Reporter:
         if step % self.loads_interval == 0:
             mine = {number: load.counts.tolist() for number, load in result.loads.items()}
             counts = _all_stages(mine, self.groups)
+        self._own_times(step)
         if self.writer is None:
             return
         samples = at.first_sample + at.global_batch_size
@@ -105,6 +136,16 @@ class Reporter:
             tokens_per_s,
         )
 
+    def _own_times(self, step: int) -> None:
+        """Tell which ranks were slow, and take a request for a profile. Collective."""
+        if self.profiler is not None:
+            self.profiler.take_request(step)
+        if self.times is None:
+            return
+        seconds = self.times.gather(self.groups.agreement.group)
+        if self.writer is not None:
+            self.writer.write_step_times(step, seconds)
+
     def progress(self, step: int, tokens: int) -> None:
         """Tell the journal how far the run is, and where the time since the last call went."""
         self.attempt.tell("progress", step=step, tokens=tokens, seconds=self.account.take())
@@ -113,6 +154,7 @@ class Reporter:
         """Tell of a validation."""
         if self.writer is not None:
             self.writer.write("validation", step, losses)
+            self.writer.show_loads(step)
             figures = "  ".join(f"{key} {value:.4f}" for key, value in losses.items())
             logger.info("step %d  %s", step, figures)
 
@@ -126,8 +168,12 @@ class Reporter:
 
     def end(self) -> None:
         """Close what is open."""
+        if self.profiler is not None:
+            self.profiler.end()
         if self.writer is not None:
             self.writer.close()
+        if self.trackers is not None:
+            self.trackers.finish()
 
 
 def _all_stages[T](figures: dict[int, T], groups: Groups) -> dict[int, T]:

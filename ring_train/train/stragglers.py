@@ -58,21 +58,17 @@ class StepTimes:
             self._seconds.append(own_seconds(kernels(self._trace, ProfilerActivity.CUDA)))
             self._trace = None
 
-    def drop(self) -> None:
-        """Forget a step that was begun: it was interrupted."""
-        self._begun = None
-
     def gather(self, group: dist.ProcessGroup) -> list[float]:
         """Return the mean own seconds per step of every rank and begin anew. Collective.
 
         A rank without a measured step counts NaN.
 
         Args:
-            group: of all ranks, for tensors of the device.
+            group: of all ranks, for tensors on the CPU.
         """
         mean = statistics.fmean(self._seconds) if self._seconds else math.nan
         self._seconds = []
-        own = torch.tensor([mean], dtype=torch.float64, device=self.device)
+        own = torch.tensor([mean], dtype=torch.float64, device="cpu")
         everyone = own.new_empty(group.size())
         dist.all_gather_into_tensor(everyone, own, group=group)
         return everyone.tolist()

@@ -77,6 +77,12 @@ def test_a_start_that_does_not_say_when_the_last_one_lived_ends_it_at_its_last_r
     assert parts == {"startup": 10, "productive": 10, "down": 10}
 
 
+def test_a_start_begins_when_its_process_did() -> None:
+    second = event(30, "start", 2, launched=T0 + 22, previous_alive=T0 + 20)
+    events = [event(0, "start", launched=T0 - 7), *BEGIN[1:], progress(20, 10, step=10), second]
+    assert parts_of(events) == {"startup": 25, "productive": 10, "down": 2}
+
+
 def test_work_is_lost_once_however_often_it_is_tried_again() -> None:
     events = [
         *BEGIN,
