@@ -1,0 +1,270 @@
+# What the jobs of this folder share: to be sourced from the repository, inside a job or for --check.
+# shellcheck shell=bash
+#
+# Exit status of a job: 0 done; 2 a mistake of a person, nothing to try again; 75 stopped before the
+# end, to be started again (never 0: jobs that wait for this one must not be released); others failed.
+
+. slurm/environment.sh
+
+readonly USER_ERROR=2 STOPPED=75
+readonly MAX_IDLE_STARTS=3 # starts one after another that bring the run no further, before it is given up
+readonly PAUSE_S=2         # between the death of ranks and their next start
+
+stop_signal= # the first signal that asked this job to stop
+interrupted= # a signal has ended `wait` early
+ranks=       # process of the srun that runs
+
+say() { echo "ring_train: $*"; }
+
+fail() {
+    echo "error: $*" >&2
+    exit $USER_ERROR
+}
+
+# --- The allocation -------------------------------------------------------------------------------
+
+read_allocation() { # sets NUM_NODES and TASKS_PER_NODE from SLURM_*
+    [[ -n ${SLURM_JOB_ID:-} ]] ||
+        fail "SLURM_JOB_ID is not set, so this is no Slurm job; submit it (sbatch slurm/$JOB.sh ...) or check it here (bash slurm/$JOB.sh --check ...)"
+    local name
+    for name in SLURM_JOB_NUM_NODES SLURM_TASKS_PER_NODE SLURM_JOB_NODELIST; do
+        [[ -n ${!name:-} ]] || fail "$name is not set in job $SLURM_JOB_ID; let sbatch set it, and unset no SLURM_* variable"
+    done
+    # shellcheck disable=SC2153  # Slurm sets this and SLURM_NTASKS_PER_NODE
+    local per_node=$SLURM_TASKS_PER_NODE
+    [[ $SLURM_JOB_NUM_NODES =~ ^[1-9][0-9]*$ ]] ||
+        fail "SLURM_JOB_NUM_NODES=$SLURM_JOB_NUM_NODES is not a number of nodes; let sbatch set it"
+    # 2(x3) or 2: the same number on every node; 2,1 or 2(x3),1: not.
+    [[ $per_node =~ ^([1-9][0-9]*)(\(x([1-9][0-9]*)\))?$ ]] ||
+        fail "SLURM_TASKS_PER_NODE=$per_node: nodes differ in their number of ranks; ask for the same on each with --ntasks-per-node, and leave --ntasks out"
+    NUM_NODES=$SLURM_JOB_NUM_NODES TASKS_PER_NODE=${BASH_REMATCH[1]}
+    [[ ${BASH_REMATCH[3]:-1} == "$NUM_NODES" ]] ||
+        fail "SLURM_TASKS_PER_NODE=$per_node contradicts SLURM_JOB_NUM_NODES=$NUM_NODES; let sbatch set both"
+    [[ -z ${SLURM_NTASKS_PER_NODE:-} || $SLURM_NTASKS_PER_NODE == "$TASKS_PER_NODE" ]] ||
+        fail "SLURM_NTASKS_PER_NODE=$SLURM_NTASKS_PER_NODE contradicts SLURM_TASKS_PER_NODE=$per_node; let sbatch set both"
+}
+
+job_state() { # as Slurm sees it: RUNNING, COMPLETING when it is being ended, ...
+    squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null || true
+}
+
+set_deadline() { # exports when Slurm will kill the job, so that the trainer stops early enough
+    local tries text
+    for ((tries = 0; tries < 5; tries++)); do
+        [[ $(squeue -h -j "$SLURM_JOB_ID" -o %l) != UNLIMITED ]] || break
+        text=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+        if [[ $text == [0-9]* ]]; then
+            RING_TRAIN_DEADLINE=$(date -d "$text" +%s)
+            export RING_TRAIN_DEADLINE
+            return
+        fi
+        sleep 1 # the end is not known yet in the first moments of a job
+    done
+    unset RING_TRAIN_DEADLINE
+}
+
+set_rendezvous() { # exports where rank 0 of this job listens
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # The address by which Slurm itself reaches the node: names alone do not resolve everywhere.
+    : "${MASTER_ADDR:=$(scontrol -o show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}"
+    # One port a job, below those that the kernel hands out (32768 and above).
+    : "${MASTER_PORT:=$((15000 + SLURM_JOB_ID % 15000))}"
+    export MASTER_ADDR MASTER_PORT
+}
+
+# --- Bare metal or a container --------------------------------------------------------------------
+
+set_launcher() { # sets CONTAINER, options of srun, and INSIDE, a command that the ranks' command follows
+    CONTAINER=() INSIDE=()
+    if [[ -z ${RING_CONTAINER:-} ]]; then
+        : "${RING_TRAIN_PYTHON:=$PWD/.venv/bin/python}"
+        [[ -x $RING_TRAIN_PYTHON ]] ||
+            fail "RING_TRAIN_PYTHON=$RING_TRAIN_PYTHON is not there; run make install in $PWD, or name another Python or a container (RING_CONTAINER=FILE.sqsh or FILE.sif)"
+        export RING_TRAIN_PYTHON
+        return
+    fi
+    [[ -f $RING_CONTAINER && -r $RING_CONTAINER ]] ||
+        fail "RING_CONTAINER=$RING_CONTAINER is not a file that can be read; give an image.sqsh (enroot, pyxis) or an image.sif (apptainer), or unset it to run on bare metal"
+    : "${RING_TRAIN_PYTHON:=python3}"
+    export RING_TRAIN_PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+    local mounts=$PWD:$PWD${RING_CONTAINER_MOUNTS:+,$RING_CONTAINER_MOUNTS}
+    [[ -z ${RUN_DIR:-} ]] || mounts+=,$(realpath "$RUN_DIR"):$(realpath "$RUN_DIR")
+    case $RING_CONTAINER in
+    *.sqsh) CONTAINER=(--container-image="$RING_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD") ;;
+    *.sif)
+        command -v apptainer >/dev/null || fail "RING_CONTAINER=$RING_CONTAINER needs apptainer, which is not on the PATH of $(hostname); load its module, or use an image.sqsh"
+        INSIDE=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RING_CONTAINER")
+        ;;
+    *) fail "RING_CONTAINER=$RING_CONTAINER has neither of the suffixes .sqsh (enroot, pyxis) and .sif (apptainer); rename or convert it" ;;
+    esac
+}
+
+run_python() { # runs Python once, where the ranks will run
+    if ((${#CONTAINER[@]})); then
+        srun --nodes=1 --ntasks=1 --export=ALL "${CONTAINER[@]}" "$RING_TRAIN_PYTHON" "$@"
+    else
+        "${INSIDE[@]}" "$RING_TRAIN_PYTHON" "$@"
+    fi
+}
+
+# --- Signals and ranks ----------------------------------------------------------------------------
+
+on_signal() {
+    stop_signal=${stop_signal:-$1} interrupted=1
+    # srun hands USR1 on to every rank; TERM would make it kill them.
+    [[ -z $ranks ]] || kill -USR1 "$ranks" 2>/dev/null || true
+}
+
+wait_for_ranks() { # returns their status, whatever signals come in between
+    local status=0 again
+    interrupted=
+    wait "$ranks" || status=$?
+    while [[ -n $interrupted ]]; do
+        interrupted=
+        again=0
+        wait "$ranks" 2>/dev/null || again=$?
+        ((again != 127)) || break # it had ended, and its status is the one before
+        status=$again
+    done
+    ranks=
+    return $status
+}
+
+run_ranks() { # NODES COMMAND...: runs it in every rank and returns the highest status
+    local nodes=$1
+    shift
+    # A dead rank leaves the others a minute to write their stacks; a stop ends all of them with 75.
+    srun --nodes="$nodes" --ntasks="$((nodes * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
+        --export=ALL --label --kill-on-bad-exit=0 --wait=60 "${CONTAINER[@]}" "${INSIDE[@]}" \
+        bash slurm/rank.sh "$@" &
+    ranks=$!
+    [[ -z $stop_signal ]] || on_signal "$stop_signal"
+    wait_for_ranks
+}
+
+# --- The run folder -------------------------------------------------------------------------------
+
+saved_step() { # the step of the newest checkpoint
+    local folder newest=0
+    for folder in "$RUN_DIR"/checkpoints/step_[0-9]*; do
+        [[ $folder =~ /step_0*([0-9]+)$ ]] && ((BASH_REMATCH[1] > newest)) && newest=${BASH_REMATCH[1]}
+    done
+    echo "$newest"
+}
+
+tell_journal() { # EVENT: appends it to RUN_DIR/journal.jsonl
+    local attempt
+    attempt=$(grep -c '"event": "start"' "$RUN_DIR/journal.jsonl" 2>/dev/null) || true
+    printf '{"time": %s, "event": "%s", "attempt": %s, "rank": 0, "step": %s, "job_id": "%s"}\n' \
+        "$(date +%s.%3N)" "$1" "${attempt:-0}" "$(saved_step)" "$SLURM_JOB_ID" >>"$RUN_DIR/journal.jsonl"
+}
+
+told_journal() { # EVENT: prints the lines of this job
+    grep "\"event\": \"$1\".*\"job_id\": \"$SLURM_JOB_ID\"" "$RUN_DIR/journal.jsonl" 2>/dev/null || true
+}
+
+open_run_folder() { # makes RUN_DIR and puts the log of this job there
+    local probe log
+    if ! mkdir -p "$RUN_DIR/logs" || ! probe=$(mktemp "$RUN_DIR/logs/.probe.XXXXXX"); then
+        fail "run_dir=$RUN_DIR cannot be written by $(id -un) on $(hostname); choose a folder that can"
+    fi 2>/dev/null
+    rm -f "$probe"
+    log=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *StdOut=//p')
+    [[ -f $log ]] || return 0
+    local link=$RUN_DIR/logs/${log##*/}
+    [[ $log -ef $link ]] || ln -f "$log" "$link" 2>/dev/null || ln -sf "$(realpath "$log")" "$link"
+}
+
+leave_if_finished() { # a requeue after the end must not train on, nor release who waits
+    if [[ -n $(told_journal job_done) ]]; then
+        echo "error: job $SLURM_JOB_ID was started again, but it has finished the run in $RUN_DIR before (job_done in its journal); nothing was done: submit a new job to go on" >&2
+        exit 1
+    fi
+    if grep -qs '"state": "finished"' "$RUN_DIR/outcome.json" &&
+        grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$RUN_DIR/outcome.json"; then
+        tell_journal job_done
+        say "the run in $RUN_DIR was finished by this job before it was started again"
+        exit 0
+    fi
+}
+
+# --- Starting again -------------------------------------------------------------------------------
+
+leave_to_go_on() { # REASON: has this job started again by Slurm
+    local state step idle=0 line
+    state=$(job_state)
+    if [[ $state != RUNNING ]]; then
+        say "stopped ($1); Slurm itself is ending this job (${state:-unknown state}), so it is not requeued from here"
+        exit $STOPPED
+    fi
+    step=$(saved_step)
+    while read -r line; do
+        if [[ $line == *"\"step\": $step,"* ]]; then idle=$((idle + 1)); else idle=0; fi
+    done < <(told_journal job_requeue)
+    if ((idle >= MAX_IDLE_STARTS)); then
+        echo "error: job $SLURM_JOB_ID was requeued $idle times at step $step of $RUN_DIR without getting further; is the time limit too short for a start, a step and a save?" >&2
+        exit 1
+    fi
+    tell_journal job_requeue
+    say "stopped ($1) at step $step; requeued to go on"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        say "job $SLURM_JOB_ID cannot be requeued (see the line above); submit the same command again to go on from step $step"
+    exit $STOPPED
+}
+
+supervise() { # NODES COMMAND...: runs the ranks until the run is done or to be given up
+    local status step before idle=0
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    while true; do
+        [[ -z $stop_signal ]] || leave_to_go_on "$stop_signal before the ranks started"
+        before=$(saved_step) status=0
+        run_ranks "$@" || status=$?
+        step=$(saved_step)
+        case $status in
+        0)
+            tell_journal job_done
+            say "done at step $step"
+            exit 0
+            ;;
+        "$USER_ERROR") exit $USER_ERROR ;; # the ranks have said why
+        "$STOPPED") leave_to_go_on "${stop_signal:-a signal or the deadline}" ;;
+        esac
+        [[ -z $stop_signal ]] || leave_to_go_on "$stop_signal, ranks ended with $status"
+        if ((step > before)); then idle=0; else idle=$((idle + 1)); fi
+        if ((idle > MAX_IDLE_STARTS)); then
+            echo "error: the ranks died (status $status) $idle times at step $step of $RUN_DIR without getting further; see $RUN_DIR/journal.jsonl and $RUN_DIR/stacks" >&2
+            exit "$status"
+        fi
+        say "the ranks ended with status $status at step $step; starting them again in this job ($idle of $MAX_IDLE_STARTS starts without progress)"
+        sleep $PAUSE_S
+    done
+}
+
+# --- Jobs -----------------------------------------------------------------------------------------
+
+check_on_login_node() { # [SBATCH OPTION...] WORD...: prints the plan, or why there is none
+    : "${RING_TRAIN_PYTHON:=.venv/bin/python}"
+    [[ -x $RING_TRAIN_PYTHON ]] ||
+        fail "RING_TRAIN_PYTHON=$RING_TRAIN_PYTHON is not there; a check needs Python 3.12 with hydra-core and omegaconf alone: run make install, or name such a Python"
+    exec "$RING_TRAIN_PYTHON" slurm/check.py print "$JOB:" "$@"
+}
+
+train() { # WORD...: a training run, from its check to its end
+    read_allocation
+    set_launcher
+    local world sizes=() nodes
+    for ((nodes = NUM_NODES; nodes > 0; nodes--)); do sizes+=("--world=$((nodes * TASKS_PER_NODE))"); done
+    IFS=$'\t' read -r world RUN_DIR < <(run_python slurm/check.py job "$JOB:" "${sizes[@]}" "$@" | tail -n 1) ||
+        exit $USER_ERROR # the check has said why
+    nodes=$((world / TASKS_PER_NODE))
+    ((nodes == NUM_NODES)) || say "using $nodes of $NUM_NODES nodes, the most that the plan is legal on"
+    open_run_folder
+    set_launcher # again: a container now sees the run folder
+    leave_if_finished
+    set_deadline
+    set_rendezvous
+    say "$JOB in $RUN_DIR: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes nodes x $TASKS_PER_NODE ranks, from step $(saved_step)"
+    supervise "$nodes" "ring_train.jobs.$JOB" "$@"
+}
