@@ -23,7 +23,7 @@ class ResilienceConfig:
     """Steps, numbered as in metrics.jsonl, whose data is passed over without an update."""
     resume_from_previous: bool = False
     """Set a damaged newest checkpoint aside and go on from the one before; false = stop."""
-    hang_timeout_s: float | None = 1800.0
+    hang_timeout_s: float | None = 600.0
     """Without progress for so long, a rank dumps its stacks and ends the job; null = never."""
     hang_grace_s: float = 10.0
     """For the other ranks to dump theirs."""

@@ -19,6 +19,7 @@ from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_probl
 from ring_train.plan.problems import PlanError
 from ring_train.plan.profiling import profiling_problems
 from ring_train.plan.recompute import recompute_problems
+from ring_train.plan.resilience import resilience_problems
 from ring_train.plan.schedule import schedule_problems
 
 
@@ -83,6 +84,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *schedule_problems(config),
         *passthrough_problems(config.model.megatron),
         *run_problems(config),
+        *resilience_problems(config),
         *lora_problems(config),
         *evaluation_problems(config),
         *profiling_problems(config.logging, world_size),
@@ -128,6 +130,7 @@ POSITIVE: dict[str, tuple[str, ...]] = {
     "optim": ("lr", "adam_eps"),
     "checkpoint": ("keep",),
     "logging": ("interval_steps",),
+    "resilience": ("spike_sigma", "hang_timeout_s"),
     "evaluation": (
         *("num_problems", "num_samples", "top_p", "max_new_tokens"),
         *("max_batch_size", "max_prefill_tokens"),
@@ -149,6 +152,10 @@ NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
         *("lr_warmup_steps", "lr_warmup_fraction", "wsd_decay_steps"),
     ),
     "checkpoint": ("interval_steps",),
+    "resilience": (
+        *("max_skipped_in_a_row", "max_roll_backs", "hang_grace_s", "io_patience_s"),
+        "stop_margin_s",
+    ),
     "evaluation": ("interval_steps", "temperature"),
 }
 BELOW_OR_AT_ONE: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from ring_train.checkpoint.ranks import from_rank_0
 from ring_train.errors import UserError
 from ring_train.plan import Plan
 from ring_train.resilience.deadline import Deadline, read_deadline
-from ring_train.resilience.faults import FaultInjector, parse_fault
+from ring_train.resilience.faults import Fault, FaultInjector, parse_fault
 from ring_train.resilience.journal import (
     ROLL_BACK,
     ROLLED_BACK,
@@ -72,6 +72,11 @@ class Attempt:
         if self.rank == 0:
             self.journal.write(event, step=step, **fields)
 
+    def warn(self, message: str, *arguments: object) -> None:
+        """Log a warning that all ranks would say, once."""
+        if self.rank == 0:
+            logger.warning(message, *arguments)
+
     def end(self, state: State, step: int | None, reason: str) -> None:
         """Write how this start ended."""
         if self.rank == 0:
@@ -96,6 +101,8 @@ class _Past:
     roll_backs: int
     last_alive: float | None
     """Unix seconds at which a start that gave its lock not back renewed it last."""
+    longest_save_s: float
+    """Of the checkpoints so far, so that the first save of this start has its time reserved."""
 
 
 @contextmanager
@@ -107,9 +114,12 @@ def start_attempt(plan: Plan, groups: Groups) -> Iterator[Attempt]:
             `resilience.faults` or the deadline is wrong.
     """
     run_dir = Path(plan.config.run_dir)
+    faults = [parse_fault(text) for text in plan.config.resilience.faults]
+    deadline = Deadline(read_deadline(), plan.config.resilience.stop_margin_s)
     lock = RunLock(run_dir, job_id()) if groups.rank == 0 else None
     past = from_rank_0(lambda: _take(run_dir, lock))
-    attempt = _make_attempt(plan, groups.rank, past)
+    deadline.note_save(past.longest_save_s)
+    attempt = _make_attempt(plan, groups.rank, past, faults, deadline)
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     attempt.tell(
@@ -163,14 +173,18 @@ def _take(run_dir: Path, lock: RunLock | None) -> _Past:
             "that can"
         ) from error
     roll_backs = sum(event["event"] == ROLL_BACK for event in events)
-    return _Past(next_attempt(events), skipped_steps(events), roll_backs, last_alive)
+    saves = (event["seconds"] for event in events if event["event"] == "saved")
+    return _Past(
+        next_attempt(events), skipped_steps(events), roll_backs, last_alive, max(saves, default=0.0)
+    )
 
 
-def _make_attempt(plan: Plan, rank: int, past: _Past) -> Attempt:
+def _make_attempt(
+    plan: Plan, rank: int, past: _Past, faults: list[Fault], deadline: Deadline
+) -> Attempt:
     config, run_dir = plan.config.resilience, Path(plan.config.run_dir)
     lines = PatientLines()
     journal = Journal(run_dir, attempt=past.attempt, rank=rank, lines=lines)
-    faults = [parse_fault(text) for text in config.faults]
     watchdog = None
     if config.hang_timeout_s is not None:
         watchdog = Watchdog(
@@ -183,7 +197,7 @@ def _make_attempt(plan: Plan, rank: int, past: _Past) -> Attempt:
         lines=lines,
         faults=FaultInjector(faults, run_dir, journal),
         watchdog=watchdog,
-        deadline=Deadline(read_deadline(), config.stop_margin_s),
+        deadline=deadline,
         skipped=past.skipped | set(config.skip_steps),
         roll_backs=past.roll_backs,
     )

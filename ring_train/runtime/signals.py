@@ -43,7 +43,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note signals within; one that came before raises here."""
+        """Only note signals within."""
         self._deferred = True
         try:
             yield

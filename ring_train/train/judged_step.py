@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,8 +24,6 @@ from ring_train.train.step import (
     compute_gradients,
     gradient_norm,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class Abandoned(Exception):
@@ -161,7 +158,7 @@ class JudgedSteps:
             grad_norm=_json(norm),
             decision=decision.value,
         )
-        logger.warning(
+        self.attempt.warn(
             "step %d is bad (%s): lm_loss %.4g, grad_norm %.4g; %s",
             *(number, cause, loss, norm, _WORDS[decision]),
         )

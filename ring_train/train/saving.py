@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -15,8 +14,6 @@ from ring_train.resilience.attempt import Attempt
 from ring_train.resilience.time_account import TimeAccount
 from ring_train.runtime.agreement import Agreement
 from ring_train.train.optimizer import gather_parameters
-
-logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 """Between tries; doubled each time."""
@@ -101,7 +98,7 @@ class PatientSaves:
                 self.attempt.tell("save_failed", step=step, problem=str(error), tries=tries)
                 if self.agreement.any(time.monotonic() - began + delay_s > patience_s):
                     raise
-                logger.warning("%s; trying again in %.0f s", error, delay_s)
+                self.attempt.warn("%s; trying again in %.0f s", error, delay_s)
             with self.account.spend("save"):
                 time.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_RETRY_S)
