@@ -147,9 +147,10 @@ def write_stragglers(run_dir: Path, title: str) -> Path | None:
 
 def _draw_slowest(axis: Any, seconds: np.ndarray) -> None:
     """Draw a bar for the mean of each of the slowest ranks."""
-    means = np.nanmean(seconds, axis=0)
-    slowest = np.argsort(-np.nan_to_num(means))[:MAX_RANKS]
-    median = statistics.median_low(means[~np.isnan(means)].tolist())
+    measured = ~np.isnan(seconds)
+    means = np.where(measured, seconds, 0.0).sum(0) / np.maximum(measured.sum(0), 1)
+    slowest = np.argsort(-means)[:MAX_RANKS]
+    median = statistics.median_low(means[measured.any(0)].tolist())
     colours = [LOST if means[rank] > 1.1 * median else NEUTRAL for rank in slowest]
     axis.barh(range(len(slowest)), means[slowest], color=colours)
     axis.set_yticks(range(len(slowest)), [f"rank {rank}" for rank in slowest], fontsize=8)

@@ -17,7 +17,6 @@ import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from ring_train.errors import UserError
@@ -41,23 +40,21 @@ class Tracker(Protocol):
 class WandbTracker:
     """A run at Weights & Biases."""
 
-    def __init__(self, plan: Plan, project: str) -> None:
-        wandb = _import("wandb", project)
+    WAY_OUT = (
+        "log in (WANDB_API_KEY), set WANDB_MODE=offline and send the run later with `wandb sync`, "
+        "or leave the word out"
+    )
+
+    def __init__(self, plan: Plan, project: str, run_id: str) -> None:
         run_dir = Path(plan.config.run_dir)
-        try:
-            self.run = wandb.init(
-                project=project,
-                id=run_id(run_dir),
-                name=run_dir.resolve().name,
-                resume="allow",
-                dir=str(run_dir),
-                config=_plain_config(plan),
-            )
-        except Exception as error:  # wandb raises its own kinds, which are not known here
-            raise UserError(
-                f"logging.wandb={project}: {_first_line(error)}; log in (WANDB_API_KEY), set "
-                "WANDB_MODE=offline and send the run later with `wandb sync`, or leave the word out"
-            ) from error
+        self.run = importlib.import_module("wandb").init(
+            project=project,
+            id=run_id,
+            name=run_dir.resolve().name,
+            resume="allow",
+            dir=str(run_dir),
+            config=_plain_config(plan),
+        )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -73,18 +70,13 @@ class WandbTracker:
 class TrackioTracker:
     """A run in Trackio's database; TRACKIO_DIR says where that is."""
 
-    def __init__(self, plan: Plan, project: str) -> None:
-        trackio = _import("trackio", project)
-        run_dir = Path(plan.config.run_dir)
-        name = f"{run_dir.resolve().name}-{run_id(run_dir)}"
-        try:
-            self.run = trackio.init(
-                project=project, name=name, resume="allow", config=_plain_config(plan)
-            )
-        except Exception as error:  # trackio raises its own kinds, which are not known here
-            raise UserError(
-                f"logging.trackio={project}: {_first_line(error)}; mend that or leave the word out"
-            ) from error
+    WAY_OUT = "mend that or leave the word out"
+
+    def __init__(self, plan: Plan, project: str, run_id: str) -> None:
+        name = f"{Path(plan.config.run_dir).resolve().name}-{run_id}"
+        self.run = importlib.import_module("trackio").init(
+            project=project, name=name, resume="allow", config=_plain_config(plan)
+        )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """See Tracker."""
@@ -95,20 +87,48 @@ class TrackioTracker:
         self.run.finish()
 
 
+KINDS: dict[str, type[WandbTracker] | type[TrackioTracker]] = {
+    "wandb": WandbTracker,
+    "trackio": TrackioTracker,
+}
+"""By the name of their package, which is that of their config key."""
+
+
 class Trackers:
     """All trackers of a run; one that fails is left out from then on, and training goes on.
 
+    The first start of a run is particular: a mistake is best seen while somebody looks. A later one
+    trains on, as the services it sends to may be away for a night.
+
     Raises:
-        UserError: a package is not installed, or a run cannot be begun.
+        UserError: a package is not installed; or this is the first start, and one cannot be begun.
     """
 
     def __init__(self, plan: Plan) -> None:
         logs = plan.config.logging
+        projects = {"wandb": logs.wandb, "trackio": logs.trackio}
         self._open: list[Tracker] = []
-        if logs.wandb is not None:
-            self._open.append(WandbTracker(plan, logs.wandb))
-        if logs.trackio is not None:
-            self._open.append(TrackioTracker(plan, logs.trackio))
+        wanted = {package: project for package, project in projects.items() if project is not None}
+        if not wanted:
+            return
+        path = Path(plan.config.run_dir) / ID_FILE
+        known = read_id(path)
+        run_id = known or secrets.token_hex(4)
+        for package, project in wanted.items():
+            key = f"logging.{package}={project}"
+            try:
+                self._open.append(KINDS[package](plan, project, run_id))
+            except ImportError as error:
+                raise UserError(
+                    f"{key} needs the package {package}, which cannot be imported ({error}); "
+                    f"pip install {package}, or leave the word out"
+                ) from error
+            except Exception as error:  # of packages that are not ours
+                problem = f"{key}: {_first_line(error)}; {KINDS[package].WAY_OUT}"
+                if known is None:
+                    raise UserError(problem) from error
+                logger.warning("%s; this start goes on without it", problem)
+        path.write_text(json.dumps({"id": run_id}) + "\n")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Hand figures on; NaN and infinities, too, but no texts."""
@@ -132,25 +152,12 @@ class Trackers:
         logger.warning("%s is left out from now on: %s", name, _first_line(error))
 
 
-def run_id(run_dir: Path) -> str:
-    """Return the id under which trackers know a run; made once, and kept in its folder."""
-    path = run_dir / ID_FILE
+def read_id(path: Path) -> str | None:
+    """Return the id under which trackers know a run; None before its first start with one."""
     try:
         return str(json.loads(path.read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
-        made = secrets.token_hex(4)
-    path.write_text(json.dumps({"id": made}) + "\n")
-    return made
-
-
-def _import(package: str, project: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"logging.{package}={project} needs the package {package}, which cannot be imported "
-            f"({error}); pip install {package}, or leave the word out"
-        ) from error
+        return None
 
 
 def _plain_config(plan: Plan) -> dict[str, Any]:
