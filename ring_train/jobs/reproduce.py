@@ -19,6 +19,7 @@ from ring_train.config import Config, DataConfig, ReproduceConfig, compose, read
 from ring_train.errors import UserError
 from ring_train.jobs.recorded_run import check_data
 from ring_train.plan import make_plan
+from ring_train.resilience.journal import read_journal, skipped_steps
 from ring_train.runtime.errors import run_job
 
 DIFFERENT_STATUS = 1
@@ -117,6 +118,8 @@ def check_new(run_dir: Path) -> None:
 def repeated_config(recorded: Recorded, run_dir: Path) -> Config:
     """Return the recorded config, made to stop where the run stopped, for whatever reason.
 
+    Steps that the run passed over are passed over again, and no faults are injected.
+
     Raises:
         UserError: nothing to compare was recorded.
     """
@@ -133,7 +136,11 @@ def repeated_config(recorded: Recorded, run_dir: Path) -> Config:
     data = dataclasses.replace(
         config.data, index_dir=config.data.index_dir or str(recorded.folder / "index")
     )
-    return dataclasses.replace(config, run_dir=str(run_dir), train=train, data=data)
+    passed_over = skipped_steps(read_journal(recorded.folder)) | set(config.resilience.skip_steps)
+    resilience = dataclasses.replace(config.resilience, skip_steps=sorted(passed_over), faults=[])
+    return dataclasses.replace(
+        config, run_dir=str(run_dir), train=train, data=data, resilience=resilience
+    )
 
 
 def check_bytes(data: DataConfig) -> None:

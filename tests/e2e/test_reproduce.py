@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import OnRanks
-from tests.e2e.commands import contents, run_job
+from tests.e2e.commands import contents, run_job, succeed
 
 
 def test_under_torchrun_a_run_on_two_ranks_comes_out_bit_equal(
@@ -38,6 +38,19 @@ def test_a_stopped_run_is_repeated_until_it_stopped_and_a_difference_is_named(
     assert "(recorded: 1.0)" in outcome.stderr
     again = short_run.with_name("run-reproduced") / "metrics.jsonl"
     assert [json.loads(line) for line in again.read_text().splitlines()] == [first, second]
+
+
+def test_steps_that_a_run_passed_over_are_passed_over_again(
+    training: list[str], on_ranks: OnRanks, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    faults = "resilience.faults=['kind=nan step=3 times=2']"
+    words = [*training, "train.stop_after_step=4", faults, f"run_dir={run}"]
+    succeed(on_ranks, 1, "pretrain", words)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 4]
+    outcome = run_job(on_ranks, 1, "reproduce", [f"run={run}"])
+    assert outcome.stdout == f"{run} and {run}-reproduced: bit-equal\n", outcome.stderr
 
 
 def test_another_number_of_ranks_is_told_how_to_start(
