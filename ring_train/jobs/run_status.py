@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Status:
     ends_at: float | None
     """Without trouble; None unless it is running."""
     last_progress_at: float | None
+    longest_silence_s: float | None
+    """Between the last records of progress of this attempt."""
     checkpoint_step: int | None
     checkpoint_at: float | None
     bad_steps: tuple[Mapping[str, Any], ...]
@@ -95,7 +98,8 @@ def read_status(run_dir: Path, now: float) -> Status:
     num_steps = _int(outcome.get("num_steps")) or _last_int(events, "num_steps")
     total_tokens = _int(read_record(run_dir / "plan.json").get("total_tokens"))
     tokens = _int(progress[-1].get("tokens")) if progress else None
-    pace = _wall_s_per_step(events)
+    marks = _marks(events)
+    pace = _wall_s_per_step(marks)
     remaining = None if pace is None or num_steps is None else pace * max(num_steps - step, 0)
     since = progress[-1]["time"] if progress else None
     state, reason = _state(is_running, alive, outcome, events, now)
@@ -111,6 +115,7 @@ def read_status(run_dir: Path, now: float) -> Status:
         remaining_s=remaining,
         ends_at=max((since or now) + remaining, now) if is_running and remaining else None,
         last_progress_at=since,
+        longest_silence_s=max((b[0] - a[0] for a, b in pairwise(marks)), default=None),
         checkpoint_step=_int(saved[-1].get("step")) if saved else None,
         checkpoint_at=saved[-1]["time"] if saved else None,
         bad_steps=tuple(event for event in events if event["event"] == "bad_step"),
@@ -177,8 +182,8 @@ def slope_per_100_steps(records: Sequence[Mapping[str, Any]], key: str) -> float
     return 100 * statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def _wall_s_per_step(events: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return wall seconds per step over the last progress records without a start between."""
+def _marks(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+    """Return (time, step) of the last progress records without a start between."""
     marks: list[tuple[float, int]] = []
     for event in events:
         name, step = event["event"], _int(event.get("step"))
@@ -190,9 +195,13 @@ def _wall_s_per_step(events: Sequence[Mapping[str, Any]]) -> float | None:
             marks = [(event["time"], marks[0][1])]
         elif name == "progress" and step is not None:
             marks.append((event["time"], step))
+    return marks[-RECENT - 1 :]
+
+
+def _wall_s_per_step(marks: Sequence[tuple[float, int]]) -> float | None:
+    """Return wall seconds per step; None for too few records."""
     if not marks:
         return None
-    marks = marks[-RECENT - 1 :]
     (begin, first), (end, last) = marks[0], marks[-1]
     return (end - begin) / (last - first) if last > first else None
 

@@ -20,8 +20,9 @@ from ring_train.runtime.errors import run_job
 MAX_ATTEMPTS = 8
 MAX_STRAGGLERS = 4
 MAX_TEXT = 72
-QUIET_STEPS = 10
-"""A running job that logged nothing for so many of its intervals is remarked on."""
+QUIET_S, QUIET_TIMES = 60.0, 3
+"""A live job is remarked on that logs nothing for so long, and for so many times its longest
+recent silence."""
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -82,13 +83,11 @@ def _place(status: Status) -> Iterator[tuple[str, str]]:
 
 
 def _quiet(status: Status) -> str:
-    """Return a remark on a live job that says nothing."""
-    if status.state != "running" or status.last_progress_at is None or not status.wall_s_per_step:
+    """Return a remark on a live job that has said nothing for longer than it used to."""
+    if status.state != "running" or status.last_progress_at is None:
         return ""
     silent = status.now - status.last_progress_at
-    last = status.account.attempts[-1]
-    steps = max((status.step - (last.first_step or 0)), 1)
-    if silent < QUIET_STEPS * status.wall_s_per_step * min(steps, 100) or silent < 60:
+    if silent < max(QUIET_S, QUIET_TIMES * (status.longest_silence_s or 0)):
         return ""
     return f", but no progress was logged for {duration(silent)}"
 
