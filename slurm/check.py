@@ -1,16 +1,16 @@
-"""Check jobs before they are submitted or their ranks start: `python slurm/check.py HOW STAGE: WORD...`.
+"""Check jobs before they are submitted or their ranks start: `check.py HOW STAGE: WORD...`.
 
 A stage is `data:`, `build_index:`, `pretrain:`, `sft:` or `export:`, followed by the words of its
-command. Words that begin with `-` are options of sbatch, such as `--nodes=2`, in one word each. HOW is
+command. Words that begin with `-` are options of sbatch, such as `--nodes=2`, one word each. HOW is
 
 - `print`: the plan of one stage, as a person reads it;
-- `job`: of one stage, in its job: ranks and run folder. `--world=N` are the numbers of ranks that the
-  job could have, largest first; the first legal one is chosen;
+- `job`: of one stage, in its job: ranks and run folder. `--world=N` are the numbers of ranks that
+  the job could have, largest first; the first legal one is chosen;
 - `shard`: of `data`, the input and output of `--task=I`;
 - `chain`: of stages that follow one another: name, state, folder, and words to add, a line each.
 
-Lines have tabs between their columns. Imports no torch, unless epochs of shards are counted. Exits 2,
-with one message, if something is wrong.
+Lines have tabs between their columns. Imports no torch, unless epochs of shards are counted. Exits
+2, with one message, if something is wrong.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def print_plan(stages: list[Stage]) -> None:
     [stage] = stages
     if stage.name in TRAINING:
         config = training_config(stage)
-        sizes = world_sizes(stage)
-        world = legal_world(stage, sizes)
+        check_shards(stage, config, Known())
+        world = legal_world(stage, world_sizes(stage))
         sys.stdout.write(plan_text(stage, world))
         sys.stdout.write(f"run folder            {config.run_dir}\n")
         sys.stdout.write(f"checked for           {world} ranks\n")
@@ -136,6 +136,7 @@ def check_job(stages: list[Stage]) -> None:
         sys.stdout.write(f"1\t{config.output}\n")
         return
     config = training_config(stage)
+    check_shards(stage, config, Known())
     world = legal_world(stage, [int(size) for size in stage.options["--world"]])
     sys.stdout.write(f"{world}\t{config.run_dir}\n")
 
@@ -144,13 +145,13 @@ def choose_shard(stages: list[Stage]) -> None:
     """Print input and output prefix of the task of an array."""
     [stage] = stages
     shards = shard_pairs(stage.words)
-    task = int(stage.options["--task"][0])
-    if task >= len(shards):
+    task = stage.options["--task"][0] or ("0" if len(shards) == 1 else "unset")
+    if not task.isdigit() or int(task) >= len(shards):
         raise UserError(
             f"SLURM_ARRAY_TASK_ID={task}, but the input is {len(shards)} files; submit it with "
             f"--array=0-{len(shards) - 1}"
         )
-    sys.stdout.write("\t".join(shards[task]) + "\n")
+    sys.stdout.write("\t".join(shards[int(task)]) + "\n")
 
 
 def check_chain(stages: list[Stage]) -> None:

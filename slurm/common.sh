@@ -8,7 +8,8 @@
 
 readonly USER_ERROR=2 STOPPED=75
 readonly MAX_IDLE_STARTS=3 # starts one after another that bring the run no further, before it is given up
-readonly PAUSE_S=2         # between the death of ranks and their next start
+readonly MAX_REQUEUES=20   # of a job without a journal
+readonly PAUSE_S=${RING_TRAIN_PAUSE_S:-2} # between the death of ranks and their next start
 
 stop_signal= # the first signal that asked this job to stop
 interrupted= # a signal has ended `wait` early
@@ -64,10 +65,10 @@ set_deadline() { # exports when Slurm will kill the job, so that the trainer sto
 }
 
 set_rendezvous() { # exports where rank 0 of this job listens
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    local hosts
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # The address by which Slurm itself reaches the node: names alone do not resolve everywhere.
-    : "${MASTER_ADDR:=$(scontrol -o show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}"
+    : "${MASTER_ADDR:=$(scontrol -o show node "${hosts[0]:-}" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}"
     # One port a job, below those that the kernel hands out (32768 and above).
     : "${MASTER_PORT:=$((15000 + SLURM_JOB_ID % 15000))}"
     export MASTER_ADDR MASTER_PORT
@@ -75,7 +76,7 @@ set_rendezvous() { # exports where rank 0 of this job listens
 
 # --- Bare metal or a container --------------------------------------------------------------------
 
-set_launcher() { # sets CONTAINER, options of srun, and INSIDE, a command that the ranks' command follows
+set_launcher() { # [FOLDER]: sets CONTAINER, options of srun, and INSIDE, words before a command of the ranks
     CONTAINER=() INSIDE=()
     if [[ -z ${RING_CONTAINER:-} ]]; then
         : "${RING_TRAIN_PYTHON:=$PWD/.venv/bin/python}"
@@ -89,7 +90,7 @@ set_launcher() { # sets CONTAINER, options of srun, and INSIDE, a command that t
     : "${RING_TRAIN_PYTHON:=python3}"
     export RING_TRAIN_PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
     local mounts=$PWD:$PWD${RING_CONTAINER_MOUNTS:+,$RING_CONTAINER_MOUNTS}
-    [[ -z ${RUN_DIR:-} ]] || mounts+=,$(realpath "$RUN_DIR"):$(realpath "$RUN_DIR")
+    [[ -z ${1:-} ]] || mounts+=,$(realpath "$1"):$(realpath "$1") # where results go
     case $RING_CONTAINER in
     *.sqsh) CONTAINER=(--container-image="$RING_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD") ;;
     *.sif)
@@ -166,9 +167,9 @@ told_journal() { # EVENT: prints the lines of this job
 
 open_run_folder() { # makes RUN_DIR and puts the log of this job there
     local probe log
-    if ! mkdir -p "$RUN_DIR/logs" || ! probe=$(mktemp "$RUN_DIR/logs/.probe.XXXXXX"); then
+    if ! mkdir -p "$RUN_DIR/logs" 2>/dev/null || ! probe=$(mktemp "$RUN_DIR/logs/.probe.XXXXXX" 2>/dev/null); then
         fail "run_dir=$RUN_DIR cannot be written by $(id -un) on $(hostname); choose a folder that can"
-    fi 2>/dev/null
+    fi
     rm -f "$probe"
     log=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *StdOut=//p')
     [[ -f $log ]] || return 0
@@ -191,13 +192,25 @@ leave_if_finished() { # a requeue after the end must not train on, nor release w
 
 # --- Starting again -------------------------------------------------------------------------------
 
-leave_to_go_on() { # REASON: has this job started again by Slurm
-    local state step idle=0 line
+requeue() { # WHERE: has this job started again by Slurm
+    say "stopped $1; requeued to go on"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        say "job $SLURM_JOB_ID cannot be requeued (see the line above); submit the same command again to go on"
+    exit $STOPPED
+}
+
+leave_if_slurm_ends_it() { # REASON: a job that is cancelled must stay so
+    local state
     state=$(job_state)
     if [[ $state != RUNNING ]]; then
         say "stopped ($1); Slurm itself is ending this job (${state:-unknown state}), so it is not requeued from here"
         exit $STOPPED
     fi
+}
+
+leave_to_go_on() { # REASON: requeues a training that gets somewhere
+    local step idle=0 line
+    leave_if_slurm_ends_it "$1"
     step=$(saved_step)
     while read -r line; do
         if [[ $line == *"\"step\": $step,"* ]]; then idle=$((idle + 1)); else idle=0; fi
@@ -207,10 +220,27 @@ leave_to_go_on() { # REASON: has this job started again by Slurm
         exit 1
     fi
     tell_journal job_requeue
-    say "stopped ($1) at step $step; requeued to go on"
-    scontrol requeue "$SLURM_JOB_ID" ||
-        say "job $SLURM_JOB_ID cannot be requeued (see the line above); submit the same command again to go on from step $step"
-    exit $STOPPED
+    requeue "($1) at step $step"
+}
+
+run_through() { # NODES COMMAND...: runs what keeps no checkpoints, some times if it dies
+    local status start
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    for ((start = 0; start <= MAX_IDLE_STARTS; start++)); do
+        status=0
+        run_ranks "$@" || status=$?
+        ((status != 0)) || say "done"
+        ((status != 0 && status != USER_ERROR)) || exit "$status"
+        if [[ -n $stop_signal ]]; then
+            leave_if_slurm_ends_it "$stop_signal"
+            ((${SLURM_RESTART_COUNT:-0} < MAX_REQUEUES)) || fail "job $SLURM_JOB_ID was requeued $MAX_REQUEUES times and is not done; give it more time"
+            requeue "($stop_signal)"
+        fi
+        say "$JOB ended with status $status"
+        sleep "$PAUSE_S"
+    done
+    exit "$status"
 }
 
 supervise() { # NODES COMMAND...: runs the ranks until the run is done or to be given up
@@ -238,16 +268,20 @@ supervise() { # NODES COMMAND...: runs the ranks until the run is done or to be 
             exit "$status"
         fi
         say "the ranks ended with status $status at step $step; starting them again in this job ($idle of $MAX_IDLE_STARTS starts without progress)"
-        sleep $PAUSE_S
+        sleep "$PAUSE_S"
     done
 }
 
 # --- Jobs -----------------------------------------------------------------------------------------
 
-check_on_login_node() { # [SBATCH OPTION...] WORD...: prints the plan, or why there is none
+find_python() { # of a login node
     : "${RING_TRAIN_PYTHON:=.venv/bin/python}"
-    [[ -x $RING_TRAIN_PYTHON ]] ||
-        fail "RING_TRAIN_PYTHON=$RING_TRAIN_PYTHON is not there; a check needs Python 3.12 with hydra-core and omegaconf alone: run make install, or name such a Python"
+    command -v "$RING_TRAIN_PYTHON" >/dev/null ||
+        fail "RING_TRAIN_PYTHON=$RING_TRAIN_PYTHON is not there; a check needs the project's environment: run make install, or name its Python"
+}
+
+check_on_login_node() { # [SBATCH OPTION...] WORD...: prints the plan, or why there is none
+    find_python
     exec "$RING_TRAIN_PYTHON" slurm/check.py print "$JOB:" "$@"
 }
 
@@ -261,10 +295,47 @@ train() { # WORD...: a training run, from its check to its end
     nodes=$((world / TASKS_PER_NODE))
     ((nodes == NUM_NODES)) || say "using $nodes of $NUM_NODES nodes, the most that the plan is legal on"
     open_run_folder
-    set_launcher # again: a container now sees the run folder
+    export RING_TRAIN_RUN_DIR=$RUN_DIR
+    set_launcher "$RUN_DIR" # again: a container is to see it
     leave_if_finished
     set_deadline
     set_rendezvous
     say "$JOB in $RUN_DIR: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes nodes x $TASKS_PER_NODE ranks, from step $(saved_step)"
     supervise "$nodes" "ring_train.jobs.$JOB" "$@"
+}
+
+export_folder() { # WORD...: an export by all ranks of the allocation
+    local output
+    read_allocation
+    set_launcher
+    IFS=$'\t' read -r _ output < <(run_python slurm/check.py job "$JOB:" "$@" | tail -n 1) || exit $USER_ERROR
+    mkdir -p "$(dirname "$output")" || fail "output=$output cannot be written; choose another folder"
+    set_launcher "$(dirname "$output")"
+    set_rendezvous
+    say "export to $output: job $SLURM_JOB_ID, $NUM_NODES nodes x $TASKS_PER_NODE ranks"
+    run_through "$NUM_NODES" ring_train.jobs.export "$@"
+}
+
+build_index() { # WORD...: what a pretraining maps, built ahead of it without accelerators
+    read_allocation
+    set_launcher
+    set_rendezvous
+    run_through 1 ring_train.jobs.build_index "$@"
+}
+
+tokenize() { # WORD...: one file of the input, as a shard of its name
+    local input output word words=()
+    read_allocation
+    set_launcher
+    IFS=$'\t' read -r input output < <(run_python slurm/check.py shard "$JOB:" "--task=${SLURM_ARRAY_TASK_ID:-}" "$@" | tail -n 1) ||
+        exit $USER_ERROR
+    mkdir -p "${output%/*}" || fail "output=${output%/*} cannot be written; choose another folder"
+    set_launcher "${output%/*}"
+    set_rendezvous
+    for word in "$@"; do
+        [[ $word == input=* || $word == output=* ]] || words+=("$word")
+    done
+    [[ " $* " == *" workers="* ]] || words+=("workers=${SLURM_CPUS_PER_TASK:-1}")
+    say "tokenizing $input to $output"
+    run_through 1 data_pipeline.tokenize "input=$input" "output=$output" "${words[@]}"
 }

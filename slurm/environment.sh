@@ -22,7 +22,7 @@ export NCCL_NET_GDR_LEVEL="${NCCL_NET_GDR_LEVEL:-PHB}" # GPU direct RDMA to netw
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}" # a failed collective ends the rank, and so the job learns of it
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}" # flight recorder: the last collectives of each rank
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}" # write them when a collective hangs
-[[ -z ${RUN_DIR:-} ]] || export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/stacks/collectives_${SLURM_JOB_ID:-0}_}" # to there; the rank is appended
+[[ -z ${RING_TRAIN_RUN_DIR:-} ]] || export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RING_TRAIN_RUN_DIR/stacks/collectives_${SLURM_JOB_ID:-0}_}" # to there; the rank is appended
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}" # stacks in the log when native code crashes
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}" # the log ends where the job ended
 
