@@ -89,7 +89,7 @@ sys.exit(play["status"])
 """
 """Does what the next play says: saves steps, waits for a signal, ends with a status.
 
-The check of a job, which costs a second, accepts everything on four ranks unless REAL_CHECKS is set.
+The check of a job, which costs a second, accepts all words on four ranks unless REAL_CHECKS is set.
 """
 STUBS = {
     **{"srun": SRUN, "apptainer": APPTAINER, "scontrol": SCONTROL, "squeue": SQUEUE},
@@ -123,10 +123,9 @@ class FakeSlurm:
         for name, body in STUBS.items():
             path = self.folder / "bin" / name
             path.parent.mkdir(exist_ok=True, parents=True)
-            body = body.replace("__CALLS__", repr(str(self.calls_file)))
-            body = body.replace("__PYTHON__", repr(sys.executable))
             record = RECORD.format(python=sys.executable, calls=str(self.calls_file))
-            path.write_text(record + body)
+            known = body.replace("__CALLS__", repr(str(self.calls_file)))
+            path.write_text(record + known.replace("__PYTHON__", repr(sys.executable)))
             path.chmod(0o755)
         self.calls_file.touch()
         (self.folder / "state").write_text("RUNNING")
