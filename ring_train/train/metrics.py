@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -172,9 +172,10 @@ class MetricsWriter:
 
     def show_loads(self, step: int) -> None:
         """Show the loads that were written last in TensorBoard, as an image."""
-        if self.board is not None and self.last_loads:
+        if self.last_loads:
             image = load_image(self.last_loads)
-            self.board.add_image("experts/tokens_over_mean", image, step, dataformats="HWC")
+            name = "experts/tokens_over_mean"
+            self._on_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
     def write_step_times(self, step: int, seconds: Sequence[float]) -> None:
         """Append the own seconds per step of each rank to stragglers.jsonl, null where unknown."""
@@ -189,19 +190,32 @@ class MetricsWriter:
 
     def _show(self, figures: Mapping[str, float], step: int) -> None:
         """Hand figures to TensorBoard and to trackers."""
-        if self.board is not None:
-            for key, value in figures.items():
-                self.board.add_scalar(key, value, step)
+        self._on_board(
+            lambda board: [board.add_scalar(key, value, step) for key, value in figures.items()]
+        )
         if self.trackers is not None:
             self.trackers.log(figures, step)
+
+    def _on_board(self, show: Callable[[SummaryWriter], object]) -> None:
+        """Show something in TensorBoard; a disk that refuses it costs the run nothing else."""
+        if self.board is None:
+            return
+        try:
+            show(self.board)
+        except OSError as error:
+            self.board = None
+            logger.warning(
+                "TensorBoard's events cannot be written (%s); they go on with the next start of "
+                "the run, and every figure is in the .jsonl files",
+                error,
+            )
 
     def _append(self, file: str, record: Mapping[str, object]) -> None:
         self.lines.append(self.run_dir / f"{file}.jsonl", json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Flush the event files."""
-        if self.board is not None:
-            self.board.close()
+        self._on_board(lambda board: board.close())
 
 
 def _truncate(path: Path, done_steps: int) -> None:

@@ -138,3 +138,18 @@ def test_figures_of_routers_are_means_over_layers() -> None:
     record = step_metrics(result([1, 1]), ["code", "prose"], loads)
     assert record["router/max_over_mean"] == record["router/dead_experts"] == 2.0
     assert record["router_layer/max_over_mean/9"] == 3.0
+
+
+def test_a_disk_that_refuses_tensorboard_costs_no_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = MetricsWriter(tmp_path, done_steps=0, tensorboard=True)
+    writer.write("metrics", 1, {"value": 1.0})
+    assert writer.board is not None
+    worker = writer.board._get_file_writer().event_writer._async_writer._worker
+    worker.exception = OSError(28, "No space left on device")  # as its thread leaves it
+    writer.write("metrics", 2, {"value": 2.0})
+    writer.write("metrics", 3, {"value": 3.0})
+    writer.close()
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert caplog.text.count("TensorBoard's events cannot be written") == 1
