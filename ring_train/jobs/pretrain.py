@@ -70,7 +70,8 @@ def pretrain(config: Config) -> None:
         parts = Components(model, optimizer, batches, checkpoints, answers)
         trainer = Trainer(plan, parts, groups, attempt)
         trainer.train(state)
-        write_plots(plan, groups.rank)
+        if not trainer.must_go_on:  # pictures take seconds that a stopped job may not have
+            write_plots(plan, groups.rank)
     if trainer.must_go_on:
         sys.exit(STOPPED_STATUS)
 

@@ -72,6 +72,9 @@ def _place(status: Status) -> Iterator[tuple[str, str]]:
         yield "tokens", f"{status.tokens:,}{total}"
     if status.state == "finished" or status.remaining_s is None:
         return
+    if not status.remaining_s:
+        yield "ends", "all steps are done"
+        return
     left = f"{duration(status.remaining_s)} of running left"
     if status.ends_at is None:
         yield "ends", left

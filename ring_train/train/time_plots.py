@@ -124,8 +124,8 @@ def write_stragglers(run_dir: Path, title: str) -> Path | None:
     steps, seconds = found
     figure, (over_time, bars) = pyplot.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     edges = np.linspace(0, len(steps), min(len(steps), MAX_COLUMNS) + 1).astype(int)[:-1]
-    # Over the fastest half of the ranks of the same step: steps differ, ranks should not.
-    relative = seconds / np.nanmedian(seconds, axis=1, keepdims=True)
+    # Steps differ, ranks should not: each is held against the median rank of the same step.
+    relative = seconds / np.nanquantile(seconds, 0.5, axis=1, keepdims=True, method="lower")
     picture = over_time.imshow(
         np.maximum.reduceat(np.nan_to_num(relative, nan=1.0), edges, axis=0).T,
         **{"aspect": "auto", "interpolation": "nearest", "cmap": "Reds", "vmin": 1.0, "vmax": 2.0},

@@ -79,6 +79,11 @@ def test_a_live_run_is_told_with_its_end(run: Path) -> None:
         assert words in page, page
 
 
+def test_a_run_that_saves_its_last_step_is_done(run: Path) -> None:
+    write(run / "journal.jsonl", [*HALF, event(65, "progress", step=100, seconds={"step": 5})])
+    assert "all steps are done" in text_of(read_status(run, T0 + 70))
+
+
 def test_an_end_that_is_overdue_is_not_in_the_past(run: Path) -> None:
     renew(run, 199)
     status = read_status(run, T0 + 200)
