@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval test-serving bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval test-serving test-slurm bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,13 +46,17 @@ demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generat
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(PYTEST) -n 2 tests/unit tests/repo
-	$(PYTEST) -n 2 tests/parallel tests/layouts tests/exports tests/e2e tests/crash
+	$(PYTEST) -n 2 tests/parallel tests/layouts tests/exports tests/e2e tests/crash tests/slurm
+	tools/test_slurm.sh
 
 test-unit: $(INSTALLED)  ## tests in one process
 	$(PYTEST) -n 2 tests/unit
 
 test-crash: $(INSTALLED)  ## kill -9 of tokenization and of saves at random moments, 100 times each
 	CRASH_KILLS=100 $(PYTEST) --timeout 3000 tests/crash
+
+test-slurm: $(INSTALLED)  ## jobs on a real Slurm of this machine, which it installs if it may (minutes)
+	tools/test_slurm.sh
 
 test-layouts: $(INSTALLED)  ## compare every kind of layout with one rank, try all mutants, write docs/layouts.md
 	ALL_LAYOUTS=1 $(PYTEST) --timeout 400 tests/layouts

@@ -10,6 +10,7 @@ readonly USER_ERROR=2 STOPPED=75
 readonly MAX_IDLE_STARTS=3 # starts one after another that bring the run no further, before it is given up
 readonly MAX_REQUEUES=20   # of a job without a journal
 readonly PAUSE_S=${RING_TRAIN_PAUSE_S:-2} # between the death of ranks and their next start
+readonly WAIT_S=${RING_TRAIN_WAIT_S:-60} # from the end of the first rank until those that still run are killed
 
 stop_signal= # the first signal that asked this job to stop
 interrupted= # a signal has ended `wait` early
@@ -103,15 +104,31 @@ set_launcher() { # [FOLDER]: sets CONTAINER, options of srun, and INSIDE, words 
 
 run_python() { # runs Python once, where the ranks will run
     if ((${#CONTAINER[@]})); then
-        srun --nodes=1 --ntasks=1 --export=ALL "${CONTAINER[@]}" "$RING_TRAIN_PYTHON" "$@"
+        srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --export=ALL "${CONTAINER[@]}" "$RING_TRAIN_PYTHON" "$@"
     else
         "${INSIDE[@]}" "$RING_TRAIN_PYTHON" "$@"
     fi
 }
 
+check() { # HOW STAGE: WORD...: sets CHECKED to the columns of the answer, or ends the job
+    local status=0 lines
+    lines=$(run_python slurm/check.py "$@") || status=$?
+    ((status != USER_ERROR)) || exit $USER_ERROR # it has said why
+    if ((status)); then
+        echo "error: the check before the ranks could not run (status $status), see above" >&2
+        exit "$status"
+    fi
+    IFS=$'\t' read -r -a CHECKED <<<"${lines##*$'\n'}"
+}
+
 # --- Signals and ranks ----------------------------------------------------------------------------
 
-on_signal() {
+catch_signals() { # from now on a signal ends the job at its next safe point
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+}
+
+on_signal() { # NAME
     stop_signal=${stop_signal:-$1} interrupted=1
     # srun hands USR1 on to every rank; TERM would make it kill them.
     [[ -z $ranks ]] || kill -USR1 "$ranks" 2>/dev/null || true
@@ -133,11 +150,18 @@ wait_for_ranks() { # returns their status, whatever signals come in between
 }
 
 run_ranks() { # NODES COMMAND...: runs it in every rank and returns the highest status
-    local nodes=$1
+    local nodes=$1 hosts place=()
     shift
-    # A dead rank leaves the others a minute to write their stacks; a stop ends all of them with 75.
+    if ((nodes < NUM_NODES)); then # the first ones: rank 0 is where MASTER_ADDR says
+        mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        place=(--nodelist="$(IFS=, && echo "${hosts[*]:0:nodes}")")
+    fi
+    # From 22.05 on srun does not take this over from sbatch.
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || place+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    # A dead rank leaves the others WAIT_S to write their stacks; a stop ends all of them with 75.
     srun --nodes="$nodes" --ntasks="$((nodes * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
-        --export=ALL --label --kill-on-bad-exit=0 --wait=60 "${CONTAINER[@]}" "${INSIDE[@]}" \
+        --distribution=block --export=ALL --label --kill-on-bad-exit=0 --wait="$WAIT_S" \
+        "${place[@]}" "${CONTAINER[@]}" "${INSIDE[@]}" \
         bash slurm/rank.sh "$@" &
     ranks=$!
     [[ -z $stop_signal ]] || on_signal "$stop_signal"
@@ -156,6 +180,7 @@ saved_step() { # the step of the newest checkpoint
 
 tell_journal() { # EVENT: appends it to RUN_DIR/journal.jsonl
     local attempt
+    [[ -z $(tail -c 1 "$RUN_DIR/journal.jsonl" 2>/dev/null) ]] || echo >>"$RUN_DIR/journal.jsonl" # a torn line
     attempt=$(grep -c '"event": "start"' "$RUN_DIR/journal.jsonl" 2>/dev/null) || true
     printf '{"time": %s, "event": "%s", "attempt": %s, "rank": 0, "step": %s, "job_id": "%s"}\n' \
         "$(date +%s.%3N)" "$1" "${attempt:-0}" "$(saved_step)" "$SLURM_JOB_ID" >>"$RUN_DIR/journal.jsonl"
@@ -182,12 +207,16 @@ leave_if_finished() { # a requeue after the end must not train on, nor release w
         echo "error: job $SLURM_JOB_ID was started again, but it has finished the run in $RUN_DIR before (job_done in its journal); nothing was done: submit a new job to go on" >&2
         exit 1
     fi
-    if grep -qs '"state": "finished"' "$RUN_DIR/outcome.json" &&
-        grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$RUN_DIR/outcome.json"; then
+    if has_finished; then
         tell_journal job_done
         say "the run in $RUN_DIR was finished by this job before it was started again"
         exit 0
     fi
+}
+
+has_finished() { # whether ranks of this job have done all that its config asks for
+    grep -qs '"state": "finished"' "$RUN_DIR/outcome.json" &&
+        grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$RUN_DIR/outcome.json"
 }
 
 # --- Starting again -------------------------------------------------------------------------------
@@ -225,11 +254,9 @@ leave_to_go_on() { # REASON: requeues a training that gets somewhere
 
 run_through() { # NODES COMMAND...: runs what keeps no checkpoints, some times if it dies
     local status start
-    trap 'on_signal USR1' USR1
-    trap 'on_signal TERM' TERM
     for ((start = 0; start <= MAX_IDLE_STARTS; start++)); do
         status=0
-        run_ranks "$@" || status=$?
+        if [[ -n $stop_signal ]]; then status=$STOPPED; else run_ranks "$@" || status=$?; fi
         ((status != 0)) || say "done"
         ((status != 0 && status != USER_ERROR)) || exit "$status"
         if [[ -n $stop_signal ]]; then
@@ -245,13 +272,15 @@ run_through() { # NODES COMMAND...: runs what keeps no checkpoints, some times i
 
 supervise() { # NODES COMMAND...: runs the ranks until the run is done or to be given up
     local status step before idle=0
-    trap 'on_signal USR1' USR1
-    trap 'on_signal TERM' TERM
     while true; do
         [[ -z $stop_signal ]] || leave_to_go_on "$stop_signal before the ranks started"
         before=$(saved_step) status=0
         run_ranks "$@" || status=$?
         step=$(saved_step)
+        if ((status)) && has_finished; then
+            say "the ranks ended with status $status after the last step was saved"
+            status=0
+        fi
         case $status in
         0)
             tell_journal job_done
@@ -286,13 +315,13 @@ check_on_login_node() { # [SBATCH OPTION...] WORD...: prints the plan, or why th
 }
 
 train() { # WORD...: a training run, from its check to its end
+    local sizes=() nodes
     read_allocation
+    catch_signals
     set_launcher
-    local world sizes=() nodes
     for ((nodes = NUM_NODES; nodes > 0; nodes--)); do sizes+=("--world=$((nodes * TASKS_PER_NODE))"); done
-    IFS=$'\t' read -r world RUN_DIR < <(run_python slurm/check.py job "$JOB:" "${sizes[@]}" "$@" | tail -n 1) ||
-        exit $USER_ERROR # the check has said why
-    nodes=$((world / TASKS_PER_NODE))
+    check job "$JOB:" "${sizes[@]}" "$@"
+    RUN_DIR=${CHECKED[1]} nodes=$((CHECKED[0] / TASKS_PER_NODE))
     ((nodes == NUM_NODES)) || say "using $nodes of $NUM_NODES nodes, the most that the plan is legal on"
     open_run_folder
     export RING_TRAIN_RUN_DIR=$RUN_DIR
@@ -307,8 +336,10 @@ train() { # WORD...: a training run, from its check to its end
 export_folder() { # WORD...: an export by all ranks of the allocation
     local output
     read_allocation
+    catch_signals
     set_launcher
-    IFS=$'\t' read -r _ output < <(run_python slurm/check.py job "$JOB:" "$@" | tail -n 1) || exit $USER_ERROR
+    check job "$JOB:" "$@"
+    output=${CHECKED[1]}
     mkdir -p "$(dirname "$output")" || fail "output=$output cannot be written; choose another folder"
     set_launcher "$(dirname "$output")"
     set_rendezvous
@@ -318,6 +349,7 @@ export_folder() { # WORD...: an export by all ranks of the allocation
 
 build_index() { # WORD...: what a pretraining maps, built ahead of it without accelerators
     read_allocation
+    catch_signals
     set_launcher
     set_rendezvous
     run_through 1 ring_train.jobs.build_index "$@"
@@ -326,9 +358,10 @@ build_index() { # WORD...: what a pretraining maps, built ahead of it without ac
 tokenize() { # WORD...: one file of the input, as a shard of its name
     local input output word words=()
     read_allocation
+    catch_signals
     set_launcher
-    IFS=$'\t' read -r input output < <(run_python slurm/check.py shard "$JOB:" "--task=${SLURM_ARRAY_TASK_ID:-}" "$@" | tail -n 1) ||
-        exit $USER_ERROR
+    check shard "$JOB:" "--task=${SLURM_ARRAY_TASK_ID:-}" "$@"
+    input=${CHECKED[0]} output=${CHECKED[1]}
     mkdir -p "${output%/*}" || fail "output=${output%/*} cannot be written; choose another folder"
     set_launcher "${output%/*}"
     set_rendezvous
