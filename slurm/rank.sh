@@ -31,8 +31,10 @@ export WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=${counts[$SLURM_NODEID]
     fail "SLURM_LOCALID=$LOCAL_RANK is not below the $LOCAL_WORLD_SIZE ranks of node $SLURM_NODEID; unset what you exported"
 if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
     IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
-    ((${#devices[@]} >= LOCAL_WORLD_SIZE)) ||
+    if ((${#devices[@]} < LOCAL_WORLD_SIZE)); then
+        ((LOCAL_RANK == 0)) || exit 2 # one line a node
         fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has fewer devices than this node has ranks ($LOCAL_WORLD_SIZE); use --gpus-per-node=$LOCAL_WORLD_SIZE, and neither --gpus-per-task nor --gpu-bind"
+    fi
 fi
 
 . slurm/environment.sh

@@ -73,12 +73,11 @@ with open(f"{folder}/environment.json", "w") as file:
 def stop(*_):
     os._exit(75)
 signal.signal(signal.SIGUSR1, stop)
+run_dir = os.environ.get("RING_TRAIN_RUN_DIR", folder)
 for step in play.get("saves", []):
-    os.makedirs(f"{os.environ['RING_TRAIN_RUN_DIR']}/checkpoints/step_{step:08d}")
-with open(f"{os.environ['RING_TRAIN_RUN_DIR']}/journal.jsonl", "a") as file:
-    file.write(json.dumps({"event": "start"}) + "\\n")
+    os.makedirs(f"{run_dir}/checkpoints/step_{step:08d}")
 if "outcome" in play:
-    with open(f"{os.environ['RING_TRAIN_RUN_DIR']}/outcome.json", "w") as file:
+    with open(f"{run_dir}/outcome.json", "w") as file:
         json.dump(play["outcome"], file)
 if play.get("waits"):
     open(f"{folder}/waiting", "w").close()

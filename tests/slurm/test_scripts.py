@@ -175,6 +175,15 @@ def test_dead_ranks_are_given_up_after_three_starts_without_progress(
     assert len(slurm.ranks()) == 5
 
 
+def test_ranks_that_die_after_the_last_save_have_finished(
+    slurm: FakeSlurm, words: list[str]
+) -> None:
+    slurm.plays({"status": -9, "outcome": {"state": "finished", "job_id": "7"}})
+    done = slurm.run(PRETRAIN, *words)
+    assert done.status == 0
+    assert "after the last step was saved" in done.stdout
+
+
 # --- Fewer nodes ----------------------------------------------------------------------------------
 
 
@@ -322,6 +331,56 @@ def test_apptainer_runs_the_ranks(slurm: FakeSlurm, words: list[str], tmp_path: 
     assert ranks[:4] == ["exec", "--nv", "--bind", f"{ROOT}:{ROOT},{tmp_path}/run:{tmp_path}/run"]
     module = ["bash", "slurm/rank.sh", "ring_train.jobs.pretrain"]
     assert ranks[start + 1 :] == [*module, *words]
+
+
+# --- Jobs without checkpoints -------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw(tmp_path: Path, words: list[str]) -> list[str]:
+    """Words of a tokenization of two files."""
+    for name in ("web.jsonl", "math.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    return [f"input={tmp_path}/*.jsonl", f"tokenizer={tmp_path}/tokenizer", f"output={tmp_path}/o"]
+
+
+def test_an_array_task_takes_the_file_of_its_number(
+    slurm: FakeSlurm, raw: list[str], tmp_path: Path
+) -> None:
+    slurm.environment |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_CPUS_PER_TASK": "6"}
+    done = slurm.run("slurm/data.sh", *raw)
+    assert done.status == 0, done.stderr
+    [rank] = slurm.ranks()
+    pair = [f"input={tmp_path}/web.jsonl", f"output={tmp_path}/o/web"]
+    assert rank == ["-m", "data_pipeline.tokenize", *pair, raw[1], "workers=6"]
+
+
+@pytest.mark.parametrize("task", ["2", ""])
+def test_an_array_task_without_a_file_is_refused(
+    slurm: FakeSlurm, raw: list[str], task: str
+) -> None:
+    slurm.environment["SLURM_ARRAY_TASK_ID"] = task
+    done = slurm.run("slurm/data.sh", *raw)
+    assert done.status == 2
+    assert "the input is 2 files; submit it with --array=0-1" in done.problem
+
+
+def test_an_export_starts_again_if_it_dies_and_is_given_up(
+    slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    slurm.environment |= {"REAL_CHECKS": "1", "RING_TRAIN_PAUSE_S": "0"}
+    slurm.plays(*[{"status": 1}] * 9)
+    done = slurm.run("slurm/export.sh", f"checkpoint={tmp_path}/run", f"output={tmp_path}/export")
+    assert done.status == 1
+    assert len(slurm.ranks()) == 4
+
+
+def test_an_export_of_nothing_is_refused(slurm: FakeSlurm, tmp_path: Path) -> None:
+    slurm.environment["REAL_CHECKS"] = "1"
+    done = slurm.run("slurm/export.sh", f"checkpoint={tmp_path}/run", f"output={tmp_path}/export")
+    assert done.status == 2
+    assert f"checkpoint={tmp_path}/run is no folder" in done.problem
 
 
 # --- The scripts themselves -----------------------------------------------------------------------
