@@ -23,17 +23,14 @@ def read_tail(path: Path, max_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
     """
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - max_bytes, 0))
-            lines = file.read().split(b"\n")
+            file.seek(max(file.seek(0, 2) - max_bytes, 0))
+            lines = file.read().split(b"\n")  # the first may lack its beginning, like a torn one
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); check its permissions"
         ) from None
-    if size > max_bytes:
-        del lines[0]
     records = (_parsed(line) for line in lines)
     return [record for record in records if "step" in record]
 

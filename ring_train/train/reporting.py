@@ -81,7 +81,7 @@ class Reporter:
 
     def before(self, step: int) -> None:
         """Watch a step from here, its data included."""
-        if self.profiler is not None:
+        if self.profiler is not None and self.profiler.steps is not None:
             with self.account.spend("profile"):
                 self.profiler.before(step)
         if self.times is not None:
@@ -91,7 +91,7 @@ class Reporter:
         """Watch a step no further."""
         if self.times is not None:
             self.times.end()
-        if self.profiler is not None:
+        if self.profiler is not None and self.profiler.steps is not None:
             with self.account.spend("profile"):
                 self.profiler.after(step)
 

@@ -84,6 +84,13 @@ def test_a_run_that_saves_its_last_step_is_done(run: Path) -> None:
     assert "all steps are done" in text_of(read_status(run, T0 + 70))
 
 
+def test_speed_is_that_of_after_a_roll_back(run: Path) -> None:
+    back = event(61, "roll_back", step=51, from_step=50, to_step=40, skipped=[51, 51])
+    after = [event(63 + i, "progress", step=44 + 2 * i, seconds={"step": 1}) for i in range(4)]
+    write(run / "journal.jsonl", [*HALF, back, *after])
+    assert read_status(run, T0 + 70).wall_s_per_step == 0.5
+
+
 def test_an_end_that_is_overdue_is_not_in_the_past(run: Path) -> None:
     renew(run, 199)
     status = read_status(run, T0 + 200)

@@ -52,6 +52,8 @@ def test_records_that_are_torn_or_of_another_width_are_left_out(tmp_path: Path) 
     write_loads(tmp_path, 3)
     with (tmp_path / "loads.jsonl").open("a") as file:
         file.write('{"step": 4, "layers": {"2": [1, 2]}}\n{"step": 99999\n')
+        more = {str(n): [1] * 8 for n in (2, 3, 4, 9)}
+        file.write(json.dumps({"step": 4, "layers": more}) + "\n")
     write = json.dumps({"step": 5, "layers": {str(n): [1] * 8 for n in (2, 3, 4)}})
     with (tmp_path / "loads.jsonl").open("a") as file:
         file.write(write + "\n")
