@@ -127,7 +127,7 @@ def _make_groups(plan: "Plan") -> Groups:
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
         collection=collection,
-        agreement=Agreement(_control_group(), lag=mesh.pp),
+        agreement=Agreement(_control_group(), stages=mesh.pp, stage=collection.pp.rank()),
         device=local_device(),
         rank=dist.get_rank(),
         world_size=mesh.world_size,

@@ -134,6 +134,7 @@ class JudgedSteps:
         interleaved pipeline run in an order of their own, so there the step is finished first.
         """
         agree = count > 1 and self.plan.mesh.vpp == 1
+        self.groups.agreement.begin(count)
 
         def begin() -> None:
             self.attempt.at("forward", number)

@@ -1,8 +1,8 @@
 """Random schedules of faults, and what is promised of a run that meets them.
 
-- Signals, kills, crashes, hangs, failing and slow disks, torn files, slow ranks, NaN or a spike that
-  does not come again: weights, moments and every record equal, byte for byte, those of the run that
-  nothing disturbed.
+- Signals, kills, crashes, hangs, failing and slow disks, torn files, slow ranks, NaN or a spike
+  that does not come again: weights, moments and every record equal, byte for byte, those of the run
+  that nothing disturbed.
 - NaN or a spike that comes again: the same of the undisturbed run that was told to pass over
   (`resilience.skip_steps`) what the journal says was passed over.
 - Going on with fewer ranks: the same rows at the same steps, losses within LAYOUT_TOLERANCE.
