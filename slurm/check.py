@@ -209,6 +209,11 @@ def check_training(stage: Stage, known: Known) -> tuple[str, str, str, str]:
         added = f"init_from={known.run_dir}"
         stage.words.append(added)
     config = training_config(stage, known)
+    if known.run_dir and Path(known.run_dir).resolve() == Path(config.run_dir).resolve():
+        raise UserError(
+            f"{stage.name}: run_dir={config.run_dir} is that of the training before; give each its "
+            "own"
+        )
     check_shards(stage, config, known)
     legal_world(stage, world_sizes(stage), known, config)
     finished = is_finished(config) and not known.is_new

@@ -69,6 +69,14 @@ def test_nothing_is_submitted_if_the_last_stage_is_wrong(
     assert not slurm.calls("sbatch")
 
 
+def test_two_trainings_do_not_share_a_folder(
+    slurm: FakeSlurm, chain: list[str], tmp_path: Path
+) -> None:
+    done = slurm.run(PIPELINE, *[word.replace("/chat", "/run") for word in chain])
+    assert done.status == 2
+    assert f"sft: run_dir={tmp_path}/run is that of the training before" in done.problem
+
+
 def test_nothing_is_submitted_if_slurm_refuses_one_stage(
     slurm: FakeSlurm, chain: list[str]
 ) -> None:
