@@ -33,6 +33,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 PHASES = ("data", "forward", "optimizer", "update", "log", "save")
 DEADLY = ("kill", "sigterm", "sigusr1", "crash")
 MILD = ("nan", "nan times=2", "spike times=2", "disk_full times=2", "io_error", "slow_disk", "slow")
+FIRST_JUDGED_STEP = 5
+"""A spike before it is none: too few steps were accepted to compare it with, and one may be bad."""
 AGAIN = ("nan times=2", "spike times=2")
 """Of MILD: they come again when the step is computed again."""
 
@@ -124,6 +126,8 @@ def _deadly(draw: random.Random, attempt: int, step: int) -> str:
 def _mild(draw: random.Random, attempt: int) -> str:
     """Return a fault that a run lives through."""
     kind, step = draw.choice(MILD), draw.randint(1, NUM_STEPS)
+    if kind.startswith("spike"):
+        step = max(step, FIRST_JUDGED_STEP)
     after = f" after_s={draw.uniform(0.1, 0.8):.1f}" if kind.startswith("slow") else ""
     return f"kind={kind} step={step} rank={draw.randrange(2)} attempt={attempt}{after}"
 
