@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ring_train.config import StatusConfig, compose
+from ring_train.errors import UserError
 from ring_train.jobs.results import write_json
 from ring_train.jobs.run_status import Status, read_status
 from ring_train.resilience.goodput import CAUSES, SECOND, Attempt, ordered
@@ -27,8 +28,14 @@ CLEAR = "\x1b[H\x1b[2J"
 
 
 def main(words: list[str]) -> None:
-    """Print the status that the words ask for."""
+    """Print the status that the words ask for.
+
+    Raises:
+        UserError: a wrong word, or a folder that is not a run's.
+    """
     config: StatusConfig = compose("status", [_word(word) for word in words])
+    if config.watch_s is not None and not config.watch_s > 0:
+        raise UserError(f"watch_s={config.watch_s} is not positive; give seconds, as in watch_s=10")
     run_dir = Path(config.run_dir)
     while True:
         status = read_status(run_dir, time.time())
@@ -39,7 +46,10 @@ def main(words: list[str]) -> None:
         sys.stdout.flush()
         if not config.watch_s:
             return
-        time.sleep(config.watch_s)
+        try:
+            time.sleep(config.watch_s)
+        except KeyboardInterrupt:
+            return
 
 
 def _word(word: str) -> str:

@@ -8,10 +8,11 @@ time of its kernels that are not NCCL's.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from ring_train.platform.waiting import count_waiting, waited_s
+
+logger = logging.getLogger(__name__)
 
 COMMUNICATION = "nccl"
 """In the name of a kernel that waits for other ranks."""
@@ -35,14 +38,15 @@ class StepTimes:
         self.device = device
         self._seconds: list[float] = []
         self._begun: tuple[float, float] | None = None
+        self._traces = device.type == "cuda"
         self._trace: profile | None = None
         count_waiting()
 
     def begin(self) -> None:
         """Begin a step; data and all that is part of it comes after."""
-        if self.device.type == "cuda" and not self._seconds and not _is_traced():
+        if self._traces and not self._seconds and not _is_traced():
             self._trace = profile(activities=[ProfilerActivity.CUDA])
-            self._trace.__enter__()
+            self._try(self._trace.start)
         self._begun = time.perf_counter(), waited_s()
 
     def end(self) -> None:
@@ -53,10 +57,22 @@ class StepTimes:
         if self.device.type != "cuda":
             self._seconds.append(time.perf_counter() - begun - (waited_s() - waited))
         elif self._trace is not None:
-            torch.cuda.synchronize(self.device)
-            self._trace.__exit__(None, None, None)
-            self._seconds.append(own_seconds(kernels(self._trace, ProfilerActivity.CUDA)))
+            self._try(self._end_trace)
             self._trace = None
+
+    def _end_trace(self) -> None:
+        assert self._trace is not None
+        torch.cuda.synchronize(self.device)
+        self._trace.stop()
+        self._seconds.append(own_seconds(kernels(self._trace, ProfilerActivity.CUDA)))
+
+    def _try(self, trace: Callable[[], None]) -> None:
+        """Do something with a trace; where the driver lets nobody trace, never again."""
+        try:
+            trace()
+        except RuntimeError as error:
+            self._traces, self._trace = False, None
+            logger.warning("ranks are not timed from now on: steps cannot be traced (%s)", error)
 
     def gather(self, group: dist.ProcessGroup) -> list[float]:
         """Return the mean own seconds per step of every rank and begin anew. Collective.
@@ -93,16 +109,3 @@ def kernels(trace: profile, activity: ProfilerActivity) -> list[tuple[str, float
 def own_seconds(ran: Iterable[tuple[str, float]]) -> float:
     """Return the seconds of all kernels but those that wait for other ranks."""
     return sum(seconds for name, seconds in ran if COMMUNICATION not in name.lower())
-
-
-def slowest_line(seconds: Sequence[float], *, ratio: float) -> str | None:
-    """Return a line that names the ranks slower than `ratio` medians; None if there is none."""
-    measured = {rank: s for rank, s in enumerate(seconds) if math.isfinite(s)}
-    if len(measured) < 2:
-        return None
-    median = statistics.median_low(measured.values())
-    slow = sorted((s / median, rank) for rank, s in measured.items() if s > ratio * median)[::-1]
-    if not slow:
-        return None
-    named = ", ".join(f"rank {rank} {times:.2f} x the median" for times, rank in slow[:4])
-    return f"stragglers: {named} of {median:.3g} s of own work a step"

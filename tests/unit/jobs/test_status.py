@@ -205,6 +205,11 @@ def test_the_command_takes_a_path_or_words(
     assert json.loads((tmp_path / "out.json").read_text())["step"] == 50
 
 
+def test_watching_needs_seconds(run: Path) -> None:
+    with pytest.raises(UserError, match=r"watch_s=0.0 is not positive; give seconds"):
+        main([str(run), "watch_s=0"])
+
+
 def test_the_command_is_quick_on_a_long_run(run: Path) -> None:
     steps = range(100, 4_000_100, 100)
     lines = [event(s / 10, "progress", step=s, tokens=s, seconds={"step": 9.0}) for s in steps]
