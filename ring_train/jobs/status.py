@@ -142,18 +142,20 @@ def _troubles(status: Status) -> Iterator[tuple[str, str]]:
         more = len(status.straggler_ratios) - len(slow)
         yield "stragglers", text + (f", {more} more" if more else "")
     for event in status.bad_steps[-3:]:
-        loss, norm = event.get("lm_loss"), event.get("grad_norm")
-        figures = f"lm_loss {loss}, grad_norm {norm}"
-        yield (
-            "bad step",
-            f"{event.get('step')}: {event.get('cause')} ({figures}), {event.get('decision')}",
-        )
+        figures = ", ".join(f"{key} {_figure(event.get(key))}" for key in ("lm_loss", "grad_norm"))
+        what = f"{event.get('cause')} ({figures}), {event.get('decision')}"
+        yield "bad step", f"{event.get('step')}: {what}"
     if len(status.bad_steps) > 3:
         yield "", f"{len(status.bad_steps) - 3} more bad steps before"
     for event in status.roll_backs[-3:]:
         first, last = (event.get("skipped") or [None, None])[:2]
         steps = f"step {event.get('from_step')} to {event.get('to_step')}"
         yield "roll-back", f"{steps}, data of steps {first} to {last} passed over"
+
+
+def _figure(value: object) -> str:
+    """Return a figure of the journal, which writes NaN and Inf as words."""
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def _domains(status: Status) -> list[str]:

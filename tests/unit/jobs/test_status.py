@@ -128,12 +128,15 @@ def test_a_run_that_has_no_step_yet_is_starting(run: Path) -> None:
 
 
 def test_troubles_are_listed(run: Path) -> None:
+    figures = {"lm_loss": 1.23456789, "grad_norm": "nan"}
     bad = [
-        event(62, "bad_step", step=51 + i, cause="nonfinite", decision="rerun") for i in range(5)
+        event(62, "bad_step", step=51 + i, cause="spike", decision="skip", **figures)
+        for i in range(5)
     ]
     back = event(63, "roll_back", step=56, from_step=55, to_step=50, skipped=[51, 56])
     write(run / "journal.jsonl", [*HALF, *bad, back])
     page = text_of(read_status(run, T0 + 70))
+    assert "55: spike (lm_loss 1.235, grad_norm nan), skip" in page
     assert "2 more bad steps" in page
     assert "step 55 to 50, data of steps 51 to 56 passed over" in page
 
