@@ -165,8 +165,8 @@ def _faults(soak: Soak) -> str:
     told = ", ".join(f"{name} {count}" for name, count in decisions.most_common()) or "none"
     return (
         _table(["fault", "times", "from"], rows)
-        + f"\n\nDecisions about bad steps: {told}. {len(own)} of these steps are spikes that the tiny "
-        f"model has by itself (`spike_sigma=6`); {_same(bad, own)} of them were the same to the "
+        + f"\n\nDecisions about bad steps: {told}. {len(own)} of these steps are spikes that the "
+        f"tiny model has by itself (`spike_sigma=6`); {_same(bad, own)} of them were the same to the "
         "last bit when computed again. Saves that failed and were tried again: "
         f"{len(soak.named('save_failed'))}; saves that are durable: {len(soak.named('saved'))}."
     )

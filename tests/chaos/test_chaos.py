@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -46,13 +47,19 @@ def test_a_run_under_faults_ends_as_promised(
 ) -> None:
     schedule = make_schedule(seed, cold=seed in COLD)
     run_dir, log = tmp_path / "run", tmp_path / "log"
+    cpu_s = cpu_seconds()
     story = run_to_the_end(starts(schedule, words, run_dir, log))
+    cpu_s = cpu_seconds() - cpu_s
     said = f"{schedule}\n{story.statuses}\n"
-    assert story.succeeded, said + log.read_text()[-6000:]
-    check_promise(schedule, words, quiet_run, run_dir, said)
-    check_left(run_dir, story, said)
-    if RESULTS:
-        write_result(Path(RESULTS), schedule, story, run_dir)
+    survived = False
+    try:
+        assert story.succeeded, said + log.read_text()[-6000:]
+        check_promise(schedule, words, quiet_run, run_dir, said)
+        check_left(schedule, run_dir, story, said)
+        survived = True
+    finally:
+        if RESULTS:
+            write_result(Path(RESULTS), schedule, story, run_dir, survived=survived, cpu_s=cpu_s)
 
 
 def starts(
@@ -124,7 +131,7 @@ def check_close(run_dir: Path, quiet: Path, said: str) -> None:
     assert ledgers[0] == ledgers[1], said
 
 
-def check_left(run_dir: Path, story: Story, said: str) -> None:
+def check_left(schedule: Schedule, run_dir: Path, story: Story, said: str) -> None:
     """Check what a run leaves: no half of anything, and a journal that tells it all."""
     assert not [*run_dir.rglob("*.partial"), *run_dir.glob("run.lock*")], said
     outcome = read_outcome(run_dir)
@@ -134,6 +141,8 @@ def check_left(run_dir: Path, story: Story, said: str) -> None:
     begun = max(event["attempt"] for event in events)
     assert begun <= story.num_attempts, said
     assert events[-1]["event"] == "finish", said
+    told = {event["attempt"] for event in events if event["event"] == "fault"}
+    assert set(range(1, begun)) <= told | schedule.outside.keys(), f"{said}an end without a cause"
     goodput = make_account(events)
     assert sum(goodput.parts_us.values()) == goodput.total_us, said
     assert goodput.parts_us["productive"] > 0, said
@@ -150,17 +159,31 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_result(path: Path, schedule: Schedule, story: Story, run_dir: Path) -> None:
-    """Append what struck and how long stops took."""
+def cpu_seconds() -> float:
+    """Return what ranks that have ended used of the processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def write_result(
+    path: Path, schedule: Schedule, story: Story, run_dir: Path, *, survived: bool, cpu_s: float
+) -> None:
+    """Append what struck, whether the promise was kept, and how long stops took."""
     events = read_journal(run_dir)
-    struck = [[event["kind"], event["phase"]] for event in events if event["event"] == "fault"]
-    stops = [event["seconds"] for event in events if event["event"] == "stop"]
+    struck = {
+        (event["attempt"], event["step"], event["kind"], event["phase"])
+        for event in events
+        if event["event"] == "fault"
+    }
     record = {
+        "seed": schedule.seed,
         "schedule": str(schedule),
+        "survived": survived,
         "statuses": story.statuses,
-        "struck": struck,
-        "stop_s": stops,
+        "struck": sorted(fault[2:] for fault in struck),
+        "stop_s": [event["seconds"] for event in events if event["event"] == "stop"],
         "decisions": [event["decision"] for event in events if event["event"] == "bad_step"],
+        "cpu_s": round(cpu_s, 2),
     }
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
