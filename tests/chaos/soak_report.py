@@ -166,8 +166,8 @@ def _faults(soak: Soak) -> str:
     return (
         _table(["fault", "times", "from"], rows)
         + f"\n\nDecisions about bad steps: {told}. {len(own)} of these steps are spikes that the "
-        f"tiny model has by itself (`spike_sigma=6`); {_same(bad, own)} of them were the same to the "
-        "last bit when computed again. Saves that failed and were tried again: "
+        f"tiny model has by itself (`spike_sigma=6`); {_same(bad, own)} of them were the same to "
+        "the last bit when computed again. Saves that failed and were tried again: "
         f"{len(soak.named('save_failed'))}; saves that are durable: {len(soak.named('saved'))}."
     )
 
