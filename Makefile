@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval test-serving test-slurm bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval test-serving test-slurm chaos bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,7 +46,7 @@ demo: $(INSTALLED)  ## corpus, tokenizer, training on two ranks, export, generat
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(PYTEST) -n 2 tests/unit tests/repo
-	$(PYTEST) -n 2 tests/parallel tests/layouts tests/exports tests/e2e tests/crash tests/slurm
+	$(PYTEST) -n 2 tests/parallel tests/layouts tests/exports tests/e2e tests/crash tests/slurm tests/chaos
 	tools/test_slurm.sh
 
 test-unit: $(INSTALLED)  ## tests in one process
@@ -57,6 +57,12 @@ test-crash: $(INSTALLED)  ## kill -9 of tokenization and of saves at random mome
 
 test-slurm: $(INSTALLED)  ## jobs on a real Slurm of this machine, which it installs if it may (minutes)
 	tools/test_slurm.sh
+
+chaos: $(INSTALLED)  ## 200 random schedules of faults; writes bench/results/chaos.json and docs/chaos.md (an hour)
+	mkdir -p runs && rm -f runs/chaos.jsonl
+	CHAOS_SCHEDULES=$${CHAOS_SCHEDULES:-200} CHAOS_RESULTS=$(CURDIR)/runs/chaos.jsonl \
+	    $(PYTEST) -n 2 tests/chaos/test_chaos.py; status=$$?; \
+	$(PYTHON) -m tests.chaos.table results=runs/chaos.jsonl && exit $$status
 
 test-layouts: $(INSTALLED)  ## compare every kind of layout with one rank, try all mutants, write docs/layouts.md
 	ALL_LAYOUTS=1 $(PYTEST) --timeout 400 tests/layouts
