@@ -23,8 +23,6 @@ fail() {
     exit $USER_ERROR
 }
 
-# --- The allocation -------------------------------------------------------------------------------
-
 read_allocation() { # sets NUM_NODES and TASKS_PER_NODE from SLURM_*
     [[ -n ${SLURM_JOB_ID:-} ]] ||
         fail "SLURM_JOB_ID is not set, so this is no Slurm job; submit it (sbatch slurm/$JOB.sh ...) or check it here (bash slurm/$JOB.sh --check ...)"
@@ -75,8 +73,6 @@ set_rendezvous() { # exports where rank 0 of this job listens
     export MASTER_ADDR MASTER_PORT
 }
 
-# --- Bare metal or a container --------------------------------------------------------------------
-
 set_launcher() { # [FOLDER]: sets CONTAINER, options of srun, and INSIDE, words before a command of the ranks
     CONTAINER=() INSIDE=()
     if [[ -z ${RING_CONTAINER:-} ]]; then
@@ -120,8 +116,6 @@ check() { # HOW STAGE: WORD...: sets CHECKED to the columns of the answer, or en
     fi
     IFS=$'\t' read -r -a CHECKED <<<"${lines##*$'\n'}"
 }
-
-# --- Signals and ranks ----------------------------------------------------------------------------
 
 catch_signals() { # from now on a signal ends the job at its next safe point
     trap 'on_signal USR1' USR1
@@ -167,8 +161,6 @@ run_ranks() { # NODES COMMAND...: runs it in every rank and returns the highest 
     [[ -z $stop_signal ]] || on_signal "$stop_signal"
     wait_for_ranks
 }
-
-# --- The run folder -------------------------------------------------------------------------------
 
 saved_step() { # the step of the newest checkpoint
     local folder newest=0
@@ -218,8 +210,6 @@ has_finished() { # whether ranks of this job have done all that its config asks 
     grep -qs '"state": "finished"' "$RUN_DIR/outcome.json" &&
         grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$RUN_DIR/outcome.json"
 }
-
-# --- Starting again -------------------------------------------------------------------------------
 
 requeue() { # WHERE: has this job started again by Slurm
     say "stopped $1; requeued to go on"
@@ -300,8 +290,6 @@ supervise() { # NODES COMMAND...: runs the ranks until the run is done or to be 
         sleep "$PAUSE_S"
     done
 }
-
-# --- Jobs -----------------------------------------------------------------------------------------
 
 find_python() { # of a login node
     : "${RING_TRAIN_PYTHON:=.venv/bin/python}"

@@ -28,4 +28,4 @@ export RING_TRAIN_SLURM
 trap 'tools/slurm_down.sh' EXIT
 settings=$(PORT=${PORT:-27817} NODES=6 CPUS=4 GPUS=2 tools/slurm_up.sh)
 eval "$settings"
-.venv/bin/python -m pytest -n 2 --dist loadgroup --timeout 900 tests/slurm_real tests/slurm/test_scripts.py::test_shellcheck_finds_nothing "$@"
+.venv/bin/python -m pytest -n 2 --dist loadgroup --timeout 900 tests/slurm_real tests/slurm/test_jobs.py::test_shellcheck_finds_nothing "$@"

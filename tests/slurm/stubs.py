@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,7 +157,7 @@ class FakeSlurm:
         """Return the arguments with which Python was started in each rank."""
         return [words for words in self.calls("python") if words[0] == "-m"]
 
-    def plays(self, *plays: dict[str, object]) -> None:
+    def plays(self, *plays: Mapping[str, object]) -> None:
         """Say what the starts of ranks do, one after another."""
         (self.folder / "plays.json").write_text(json.dumps(plays))
 
