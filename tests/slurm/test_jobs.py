@@ -100,3 +100,23 @@ def test_every_setting_says_what_it_is_for_and_gives_way(slurm: FakeSlurm) -> No
             assert " # " in line, line
             name = line.split("export ")[1].split("=")[0]
             assert f"${{{name}:-" in line or name == "GLOO_SOCKET_IFNAME", line
+
+
+@pytest.mark.parametrize("apt", [None, "exit 100"])
+def test_without_slurm_its_tests_say_that_they_were_skipped(
+    tmp_path: Path, apt: str | None
+) -> None:
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    if apt is not None:
+        (tmp_path / "apt-get").write_text(f"#!/bin/bash\n{apt}\n")
+        (tmp_path / "apt-get").chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "bash", ROOT / "tools/test_slurm.sh"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SKIPPED, real Slurm was not tested: " in done.stdout

@@ -65,7 +65,7 @@ def submit_child(parent: Job, mark: Path) -> Job:
 
 
 def output(*line: str) -> str:
-    settings = {"RING_TRAIN_INTERFACE": "lo", "RING_TRAIN_WAIT_S": "10", "OMP_NUM_THREADS": "1"}
+    settings = {"RING_TRAIN_INTERFACE": "lo", "RING_TRAIN_WAIT_S": "20", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **settings}
     done = subprocess.run(
         line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
