@@ -146,7 +146,8 @@ def test_a_disk_that_refuses_tensorboard_costs_no_figures(
     writer = MetricsWriter(tmp_path, done_steps=0, tensorboard=True)
     writer.write("metrics", 1, {"value": 1.0})
     assert writer.board is not None
-    worker = writer.board._get_file_writer().event_writer._async_writer._worker
+    events: Any = writer.board._get_file_writer()
+    worker = events.event_writer._async_writer._worker
     worker.exception = OSError(28, "No space left on device")  # as its thread leaves it
     writer.write("metrics", 2, {"value": 2.0})
     writer.write("metrics", 3, {"value": 3.0})
