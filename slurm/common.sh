@@ -44,15 +44,21 @@ read_allocation() { # sets NUM_NODES and TASKS_PER_NODE from SLURM_*
         fail "SLURM_NTASKS_PER_NODE=$SLURM_NTASKS_PER_NODE contradicts SLURM_TASKS_PER_NODE=$per_node; let sbatch set both"
 }
 
-job_state() { # as Slurm sees it: RUNNING, COMPLETING when it is being ended, ...
-    squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null || true
+ask_slurm() { # FORMAT: prints what squeue says of this job, or nothing if the controller stays silent
+    local tries answer
+    for ((tries = 0; tries < 15; tries++)); do
+        answer=$(squeue -h -j "$SLURM_JOB_ID" -o "$1" 2>/dev/null) || true
+        [[ -z $answer ]] || break
+        sleep "$PAUSE_S"
+    done
+    echo "$answer"
 }
 
 set_deadline() { # exports when Slurm will kill the job, so that the trainer stops early enough
     local tries text
     for ((tries = 0; tries < 5; tries++)); do
-        [[ $(squeue -h -j "$SLURM_JOB_ID" -o %l) != UNLIMITED ]] || break
-        text=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+        [[ $(ask_slurm %l) != UNLIMITED ]] || break
+        text=$(ask_slurm %e)
         if [[ $text == [0-9]* ]]; then
             RING_TRAIN_DEADLINE=$(date -d "$text" +%s)
             export RING_TRAIN_DEADLINE
@@ -68,6 +74,7 @@ set_rendezvous() { # exports where rank 0 of this job listens
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # The address by which Slurm itself reaches the node: names alone do not resolve everywhere.
     : "${MASTER_ADDR:=$(scontrol -o show node "${hosts[0]:-}" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}"
+    : "${MASTER_ADDR:=${hosts[0]:-}}"
     # One port a job, below those that the kernel hands out (32768 and above).
     : "${MASTER_PORT:=$((15000 + SLURM_JOB_ID % 15000))}"
     export MASTER_ADDR MASTER_PORT
@@ -212,15 +219,19 @@ has_finished() { # whether ranks of this job have done all that its config asks 
 }
 
 requeue() { # WHERE: has this job started again by Slurm
-    say "stopped $1; requeued to go on"
-    scontrol requeue "$SLURM_JOB_ID" ||
-        say "job $SLURM_JOB_ID cannot be requeued (see the line above); submit the same command again to go on"
+    local tries
+    say "stopped $1; requeueing to go on"
+    for ((tries = 0; tries < 5; tries++)); do # the controller may be busy or moving
+        ! scontrol requeue "$SLURM_JOB_ID" || exit $STOPPED
+        sleep "$PAUSE_S"
+    done
+    echo "error: job $SLURM_JOB_ID cannot be requeued (see the line above); submit the same command again to go on" >&2
     exit $STOPPED
 }
 
 leave_if_slurm_ends_it() { # REASON: a job that is cancelled must stay so
     local state
-    state=$(job_state)
+    state=$(ask_slurm %T) # COMPLETING where Slurm is ending it
     if [[ $state != RUNNING ]]; then
         say "stopped ($1); Slurm itself is ending this job (${state:-unknown state}), so it is not requeued from here"
         exit $STOPPED

@@ -108,7 +108,7 @@ def test_a_signal_reaches_the_ranks_and_ends_in_a_requeue(
     script.send_signal(signal.SIGUSR1)
     output, _ = script.communicate()
     assert script.returncode == 75
-    assert "stopped (USR1) at step 4; requeued" in output
+    assert "stopped (USR1) at step 4; requeueing" in output
     assert ["requeue", "7"] in slurm.calls("scontrol")
 
 
@@ -118,6 +118,7 @@ def test_a_job_that_is_cancelled_is_not_brought_back(
 ) -> None:
     slurm.plays({"status": 75, "saves": [4]})
     (slurm.folder / "state").write_text(state)
+    slurm.environment["RING_TRAIN_PAUSE_S"] = "0"
     assert slurm.run(PRETRAIN, *words).status == 75
     assert ["requeue", "7"] not in slurm.calls("scontrol")
 
@@ -125,9 +126,10 @@ def test_a_job_that_is_cancelled_is_not_brought_back(
 def test_where_requeue_is_impossible_the_job_fails(slurm: FakeSlurm, words: list[str]) -> None:
     slurm.plays({"status": 75})
     (slurm.folder / "cannot_requeue").touch()
+    slurm.environment["RING_TRAIN_PAUSE_S"] = "0"
     done = slurm.run(PRETRAIN, *words)
     assert done.status == 75
-    assert "submit the same command again" in done.stdout
+    assert "submit the same command again" in done.problem
 
 
 def test_requeues_end_where_nothing_is_gained(
