@@ -101,6 +101,8 @@ class Trainer:
         with SIGNALS.deferred(), bar:
             state = self._train(state, last, bar)
             self._end(state, last)
+        if self.attempt.watchdog is not None:
+            self.attempt.watchdog.stop()  # what follows, pictures for one, waits for nobody
         return state
 
     @property

@@ -216,6 +216,18 @@ def test_a_hang_leaves_the_stacks_of_every_rank(
     assert_equal(run_dir, quiet_run("ep2"))
 
 
+def test_pictures_that_take_long_are_no_hang(
+    begin: Begin, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ring_train.resilience import watchdog
+    from ring_train.train import plots
+
+    monkeypatch.setitem(watchdog.PATIENCE, "finish", 1.0)
+    monkeypatch.setattr(plots, "write_plots", lambda plan, rank: time.sleep(11 if rank == 0 else 0))
+    assert begin("ep2", more=["train.stop_after_step=1"]) == [0, 0]
+    assert not events(run_dir, "hang")
+
+
 def test_a_damaged_checkpoint_stops_a_run_that_was_not_told_otherwise(
     begin: Begin, quiet_run: QuietRun, run_dir: Path, tmp_path: Path
 ) -> None:
