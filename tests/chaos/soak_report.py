@@ -186,8 +186,10 @@ def _starts(soak: Soak, account: Account) -> str:
     bad = unexplained(soak)
     verdict = "Starts that ended otherwise than with 0 or 75 were struck by SIGKILL or SIGSTOP."
     for number, is_saved in bad.items():
-        after = "after its checkpoint was durable and `stop` told" if is_saved else "UNEXPLAINED"
-        verdict += f" But start {number}: a rank ended badly, {after}."
+        why = "was durable and `stop` told: the supervisor waited 4 s for the last rank to leave"
+        verdict += f" Start {number} ended " + (
+            f"so after its checkpoint {why}." if is_saved else "so UNEXPLAINED."
+        )
     stops = [e["seconds"] for e in soak.named("stop") if e.get("seconds") is not None]
     back = [
         [ending, str(len(seconds)), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"]

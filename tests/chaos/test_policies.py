@@ -180,6 +180,8 @@ def test_a_roll_back_that_a_kill_interrupts_is_ended_by_the_next_start(
     assert begin("ep2", *faults) == [-9, -9]
     assert saved_steps(run_dir)[-1] == 6, "the later checkpoint is still there"
     assert begin("ep2", *faults) == [0, 0]
+    (resume,) = events(run_dir, "resume")
+    assert resume["step"] == 4
     told = run_dir.with_name("told")
     more = ["resilience.skip_steps=[5,6,7]", f"run_dir={told}"]
     assert begin("ep2", more=more) == [0, 0]
