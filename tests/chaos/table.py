@@ -32,6 +32,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "schedules": len(records),
         "survived": sum(record["survived"] for record in records),
+        "seeds": sorted(record["seed"] for record in records),
         "failed_seeds": sorted(r["seed"] for r in records if not r["survived"]),
         "starts": sum(len(record["statuses"]) for record in records),
         "cpu_s": round(sum(record["cpu_s"] for record in records), 1),
@@ -63,7 +64,8 @@ def table_of(figures: dict[str, Any]) -> str:
             f"Decisions about bad steps: {told}. From a signal to the durable checkpoint and the "
             f"end of the loop: {figures['stops']} times, median {figures['stop_median_s']} s, "
             f"longest {figures['stop_longest_s']} s.",
-            f"Processor time of all ranks: {figures['cpu_s']:.0f} s.",
+            f"Processor time of all ranks: {figures['cpu_s']:.0f} s. Seeds: "
+            f"{', '.join(map(str, figures['seeds']))}.",
             "",
             "Survived / struck, by kind and phase:",
             "",
