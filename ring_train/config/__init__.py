@@ -21,6 +21,7 @@ from ring_train.config.composition import ConfigError, compose, read_yaml, to_ya
 from ring_train.config.data import DataConfig, DomainConfig
 from ring_train.config.evaluation import EvaluationConfig
 from ring_train.config.lora import LoraConfig
+from ring_train.config.machine import MachineConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
@@ -35,6 +36,7 @@ from ring_train.config.root import (
     ExportConfig,
     GenerateConfig,
     MergeCheckpointsConfig,
+    PlanSearchConfig,
     PlotConfig,
     ProveMixtureConfig,
     ReproduceConfig,
@@ -68,6 +70,7 @@ __all__ = [
     "LoggingConfig",
     "LoraConfig",
     "LrDecayStyle",
+    "MachineConfig",
     "MergeCheckpointsConfig",
     "ModelConfig",
     "MtpExport",
@@ -77,6 +80,7 @@ __all__ = [
     "Packing",
     "ParallelConfig",
     "PhaseConfig",
+    "PlanSearchConfig",
     "PlotConfig",
     "Precision",
     "PromptFormat",

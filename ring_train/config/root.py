@@ -18,6 +18,7 @@ from ring_train.config.choices import (
 from ring_train.config.data import DataConfig
 from ring_train.config.evaluation import EvaluationConfig
 from ring_train.config.lora import LoraConfig
+from ring_train.config.machine import MachineConfig
 from ring_train.config.model import ModelConfig
 from ring_train.config.optim import OptimConfig
 from ring_train.config.parallel import ParallelConfig
@@ -47,6 +48,8 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that are trained in place of the weights of `init_from`."""
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """What the run must fit on; a plan that does not is refused before ranks start."""
     profile: bool = False
     """Trace steps and memory: logging.profile_steps of logging.profile_ranks."""
     seed: int = 1234
@@ -62,6 +65,18 @@ class DryRunConfig(Config):
     """Ranks; null = the fewest that the parallel sizes allow."""
     json: str | None = None
     """File that also receives the plan; null = none."""
+
+
+@dataclass(kw_only=True)
+class PlanSearchConfig(Config):
+    """The best layout of a run on a number of devices."""
+
+    world_size: int
+    """Ranks."""
+    best: int = 5
+    """Layouts printed."""
+    json: str | None = None
+    """File that also receives them; null = none."""
 
 
 @dataclass(kw_only=True)

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from ring_train.config import DryRunConfig, ParallelConfig, RecomputeMethod
 from ring_train.errors import UserError
+from ring_train.jobs.machine_table import Row, machine_rows
 from ring_train.jobs.run_config import run_config
 from ring_train.jobs.run_length import with_num_steps
 from ring_train.plan import Phase, Plan, make_plan, plan_record, smallest_world
 
 USER_ERROR_STATUS = 2
-
-Row = tuple[str, str]
 
 
 def main(words: list[str]) -> int:
@@ -51,7 +50,8 @@ def write_plan(plan: Plan, path: str) -> None:
 
 def rows(plan: Plan) -> list[Row]:
     """Return the plan as (name, text) pairs; an empty name continues the row above."""
-    return [*_model_rows(plan), *_mesh_rows(plan), *_batch_rows(plan), *_cost_rows(plan)]
+    model = [*_model_rows(plan), *_mesh_rows(plan), *_batch_rows(plan), *_cost_rows(plan)]
+    return model + machine_rows(plan)
 
 
 def table(pairs: list[Row]) -> str:

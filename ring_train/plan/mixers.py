@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ring_train.config import ModelConfig, ScoreFunction
+from ring_train.plan import footprint
+from ring_train.plan.footprint import Kept, RankWeights, Rows
 from ring_train.plan.mesh import Mesh, tensor_split_problems
 from ring_train.plan.problems import indivisible
 
@@ -24,6 +26,11 @@ MTP_MIXERS = ("gqa", "moe")
 
 def _no_problems(model: ModelConfig, mesh: Mesh) -> list[str]:
     return []
+
+
+def _input_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
+    """Return what a mixer keeps of which nobody said more: input and output."""
+    return Kept(rest=2 * rows.sharded_tokens * rows.element_bytes * model.hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,16 @@ class Mixer:
     """"module:function", resolved by `ring_train.model.specs`."""
     problems: Callable[[ModelConfig, Mesh], list[str]] = _no_problems
     """What this mixer cannot do under a model and mesh, one line each."""
+    rank_weights: Callable[[ModelConfig, Mesh], RankWeights] | None = None
+    """What one rank holds; None: all parameters, on every rank."""
+    activation_bytes: Callable[[ModelConfig, Mesh, Rows], Kept] = _input_kept
+    """What one rank keeps for the backward of one micro batch."""
+
+    def weights(self, model: ModelConfig, mesh: Mesh) -> RankWeights:
+        """Return the parameters of one rank."""
+        if self.rank_weights is None:
+            return RankWeights(dense=self.num_parameters(model))
+        return self.rank_weights(model, mesh)
 
 
 def _qk_norms(model: ModelConfig) -> int:
@@ -53,6 +70,10 @@ def _gqa_matrices(model: ModelConfig) -> int:
 
 def _gqa_parameters(model: ModelConfig) -> int:
     return _gqa_matrices(model) + _qk_norms(model)
+
+
+def _gqa_rank_weights(model: ModelConfig, mesh: Mesh) -> RankWeights:
+    return footprint.attention_weights(model, mesh, model.num_query_groups, gated=False)
 
 
 def _gqa_flops(model: ModelConfig, seq_length: int) -> float:
@@ -76,6 +97,10 @@ def _lightning_matrices(model: ModelConfig) -> int:
 def _lightning_parameters(model: ModelConfig) -> int:
     gate_norm = model.num_attention_heads * model.kv_channels
     return _lightning_matrices(model) + gate_norm + _qk_norms(model)
+
+
+def _lightning_rank_weights(model: ModelConfig, mesh: Mesh) -> RankWeights:
+    return footprint.attention_weights(model, mesh, model.num_attention_heads, gated=True)
 
 
 def _lightning_flops(model: ModelConfig, seq_length: int) -> float:
@@ -219,6 +244,8 @@ TOKEN_MIXERS: dict[str, Mixer] = {
         flops_per_token=_gqa_flops,
         spec="ring_train.model.specs:gqa_spec",
         problems=_gqa_problems,
+        rank_weights=_gqa_rank_weights,
+        activation_bytes=footprint.gqa_kept,
     ),
     "lightning": Mixer(
         num_parameters=_lightning_parameters,
@@ -226,6 +253,8 @@ TOKEN_MIXERS: dict[str, Mixer] = {
         flops_per_token=_lightning_flops,
         spec="ring_train.model.specs:lightning_spec",
         problems=_lightning_problems,
+        rank_weights=_lightning_rank_weights,
+        activation_bytes=footprint.lightning_kept,
     ),
 }
 
@@ -236,6 +265,8 @@ CHANNEL_MIXERS: dict[str, Mixer] = {
         flops_per_token=_dense_flops,
         spec="ring_train.model.specs:dense_spec",
         problems=_dense_problems,
+        rank_weights=footprint.dense_weights,
+        activation_bytes=footprint.dense_kept,
     ),
     "moe": Mixer(
         num_parameters=_moe_parameters,
@@ -243,5 +274,7 @@ CHANNEL_MIXERS: dict[str, Mixer] = {
         flops_per_token=_moe_flops,
         spec="ring_train.model.specs:moe_spec",
         problems=_moe_problems,
+        rank_weights=footprint.moe_weights,
+        activation_bytes=footprint.moe_kept,
     ),
 }

@@ -13,6 +13,7 @@ from ring_train.plan.evaluation import evaluation_problems
 from ring_train.plan.fields import passthrough_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
 from ring_train.plan.lora import LoraPlan, lora_problems, make_lora
+from ring_train.plan.memory import make_memory, memory_problems
 from ring_train.plan.mesh import DEGREES, Mesh, make_mesh, mesh_problems
 from ring_train.plan.phases import Phase, StepPlan, make_phases, phase_problems, step_plan
 from ring_train.plan.pipeline import PipelinePlan, make_pipeline, pipeline_problems
@@ -21,6 +22,7 @@ from ring_train.plan.profiling import profiling_problems
 from ring_train.plan.recompute import recompute_problems
 from ring_train.plan.resilience import resilience_problems
 from ring_train.plan.schedule import schedule_problems
+from ring_train.plan.timing import machine_problems, timing_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *lora_problems(config),
         *evaluation_problems(config),
         *profiling_problems(config.logging, world_size),
+        *machine_problems(config.machine),
     ]
     if problems:
         raise PlanError(problems)
@@ -97,7 +100,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     layers = make_layers(config.model)
     phases = make_phases(config, mesh)
     seq_length = phases[0].batch.seq_length
-    return Plan(
+    plan = Plan(
         config=config,
         mesh=mesh,
         layers=layers,
@@ -106,6 +109,10 @@ def make_plan(config: Config, world_size: int) -> Plan:
         cost=make_cost(config.model, layers, seq_length),
         lora=make_lora(config, layers),
     )
+    problems = memory_problems(plan)
+    if problems:
+        raise PlanError(problems)
+    return plan
 
 
 POSITIVE: dict[str, tuple[str, ...]] = {
@@ -255,4 +262,11 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "phases": [dataclasses.asdict(phase) for phase in plan.phases],
         "lora": None if plan.lora is None else dataclasses.asdict(plan.lora),
         "total_tokens": plan.total_tokens,
+        "run_dir": plan.config.run_dir,
+        "world_size": plan.mesh.world_size,
+        "num_steps": plan.config.train.num_steps,
+        "memory": [
+            {**dataclasses.asdict(rank), "total_bytes": rank.total} for rank in make_memory(plan)
+        ],
+        "timing": timing_record(plan),
     }

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     *("train.stop_after_step", "train.time_limit_s", "run_dir", "profile", "logging."),
     *("evaluation.interval_steps", "evaluation.max_batch_size", "evaluation.max_prefill_tokens"),
     *("resilience.resume_from_previous", "resilience.hang_", "resilience.io_"),
-    *("resilience.stop_margin_s", "resilience.faults", "data.index_dir", "checkpoint."),
+    *("resilience.stop_margin_s", "resilience.faults", "data.index_dir", "checkpoint.", "machine."),
 )
 """Beginnings of the keys that no figure of a run depends on."""
 

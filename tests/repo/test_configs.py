@@ -37,6 +37,7 @@ REQUIRED = {
     "dry_run_sft": ["model=tiny"],
     "build_index_sft": ["model=tiny"],
     "dry_run": ["model=tiny"],
+    "plan_search": ["model=tiny", "world_size=1"],
     "build_index": ["model=tiny"],
     "explain": ["run=a", "sample=0"],
     "prove_mixture": ["run=a"],
