@@ -100,19 +100,34 @@ def moe_weights(model: ModelConfig, mesh: Mesh) -> RankWeights:
     )
 
 
+def _upcast(rows: Rows, width: int) -> int:
+    """Return the fp32 copy that a norm makes of an input of another dtype, bytes of a token."""
+    return FP32 * width if rows.element_bytes < FP32 else 0
+
+
+def _angles(model: ModelConfig, rows: Rows) -> int:
+    """Return cosines and sines in another dtype than fp32, once for query and key."""
+    if rows.element_bytes == FP32:
+        return 0
+    return round(4 * rows.element_bytes * model.kv_channels * model.rotary_percent)
+
+
 def gqa_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
     """Return what softmax attention keeps: projections, both norms, rotated heads, output."""
     heads = model.num_attention_heads // mesh.tp
     groups = max(1, model.num_query_groups // mesh.tp)
     query, key = heads * model.kv_channels, groups * model.kv_channels
-    wide = query + 2 * key  # qkv, of which the value is a view
-    wide += (2 * query + key) if model.qk_layernorm else 0
-    wide += query + key + query  # rotated query and key; input of the output projection
-    norms = FP32 * (heads + groups) if model.qk_layernorm else 0
     a, t = rows.element_bytes, rows.tokens
+    wide = query + 2 * key  # qkv, of which the value is a view
+    wide += query + key + query  # rotated query and key; input of the output projection
+    norms = 0
+    if model.qk_layernorm:
+        wide += query + key
+        norms = FP32 * (query + heads + groups) + _upcast(rows, key)
     gathered = 2 * key * a * t * (mesh.cp - 1)  # keys and values of the other context ranks
     return Kept(
-        rest=t * (a * wide + norms) + rows.sharded_tokens * a * model.hidden_size,
+        rest=t * (a * wide + norms + _angles(model, rows))
+        + rows.sharded_tokens * a * model.hidden_size,
         modules={"core_attn": t * (a * query + FP32 * heads)},
         transient=t * a * 3 * query + gathered,
     )
@@ -122,14 +137,18 @@ def lightning_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
     """Return what lightning attention keeps: as softmax, gate, its norm, and chunk states."""
     heads, d = model.num_attention_heads // mesh.tp, model.kv_channels
     width = heads * d
-    count = 3 + 2 + 4 + 1  # qkv; rotated query and key; gate and its norm; output projection
-    count += 2 if model.qk_layernorm else 0
+    count = 3 + 2 + 1  # qkv; rotated query and key; output projection
     count += 3 if model.linear_silu else 0
-    norms = FP32 * (2 * heads * model.qk_layernorm + max(1, model.group_norm_size // mesh.tp))
+    # The gate, its product and the norm between them are computed in fp32.
+    norms = FP32 * (4 * width + max(1, model.group_norm_size // mesh.tp))
+    if model.qk_layernorm:
+        count += 2
+        norms += 2 * FP32 * heads + _upcast(rows, 2 * width)
     a, t = rows.element_bytes, rows.tokens
     states = heads * -(-t // STATE_CHUNK) * d * d * FP32
     return Kept(
-        rest=t * (a * count * width + norms) + rows.sharded_tokens * a * model.hidden_size,
+        rest=t * (a * count * width + norms + _angles(model, rows))
+        + rows.sharded_tokens * a * model.hidden_size,
         modules={"core_attn": states},
         transient=t * a * 4 * width + 2 * states,
     )

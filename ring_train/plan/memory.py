@@ -297,8 +297,8 @@ def layer_kept(model: ModelConfig, mesh: Mesh, rows: Rows, pair: tuple[str, str]
 
 
 def norm_bytes(model: ModelConfig, rows: Rows) -> int:
-    """Return what an RMSNorm keeps: input, normalised input, and one fp32 number a token."""
-    return rows.sharded_tokens * (2 * rows.element_bytes * model.hidden_size + FP32)
+    """Return what an RMSNorm keeps: input in fp32, what it normalised, one fp32 number a token."""
+    return rows.sharded_tokens * ((rows.element_bytes + FP32) * model.hidden_size + FP32)
 
 
 def _head_bytes(plan: Plan, rows: Rows) -> tuple[int, int]:
@@ -313,6 +313,7 @@ def _head_bytes(plan: Plan, rows: Rows) -> tuple[int, int]:
     labels = rows.tokens * 17
     hidden = rows.sharded_tokens * a * h
     each = FP32 * logits + labels + hidden + norm_bytes(model, rows)
-    # eh_proj's input and the norms of embedding and hidden states.
-    joined = 5 * hidden + 2 * FP32 * rows.sharded_tokens
+    # eh_proj's input and the norms of embedding and hidden states; what the last norm has made is
+    # an input in fp32 already, else it is copied.
+    joined = 2 * hidden + 2 * norm_bytes(model, rows) - (hidden if a == FP32 else 0)
     return (1 + depths) * each + depths * joined, logits * (FP32 + a)
