@@ -26,7 +26,7 @@ def held(words: list[str]) -> dict[str, int]:
 
     plan = short_plan(words)
     with start_runtime(plan) as groups:
-        wrapped = build_model(plan, groups.collection)[0]
+        wrapped: Any = build_model(plan, groups.collection)[0]
         model = wrapped.module
         weights = {id(p.untyped_storage()): p for p in model.parameters()}
         pointers = {p.untyped_storage().data_ptr() for p in weights.values()}
