@@ -64,7 +64,9 @@ def test_even_stages_have_the_bubble_of_the_formula(pp: int, m: int) -> None:
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_ways_out() -> None:
-    with pytest.raises(PlanError, match=r"machine=h100 has 79.1 GiB a device.* recompute .*plan_search"):
+    with pytest.raises(
+        PlanError, match=r"machine=h100 has 79.1 GiB a device.* recompute .*plan_search"
+    ):
         make_plan(compose("pretrain", ["model=ring_flash_linear_2_0", "machine=h100"]), 8)
 
 
