@@ -21,6 +21,7 @@ from ring_train.plan import Plan
 from ring_train.resilience.deadline import Deadline, read_deadline
 from ring_train.resilience.faults import Fault, FaultInjector, parse_fault
 from ring_train.resilience.journal import (
+    JOURNAL_FILE,
     ROLL_BACK,
     ROLLED_BACK,
     Journal,
@@ -28,7 +29,7 @@ from ring_train.resilience.journal import (
     read_journal,
     skipped_steps,
 )
-from ring_train.resilience.outcome import Outcome, State, write_outcome
+from ring_train.resilience.outcome import OUTCOME_FILE, Outcome, State, write_outcome
 from ring_train.resilience.run_lock import RunLock, renewed_at
 from ring_train.resilience.watchdog import Watchdog
 from ring_train.runtime.distributed import Groups
@@ -103,6 +104,8 @@ class _Past:
     """Unix seconds at which a start that gave its lock not back renewed it last."""
     longest_save_s: float
     """Of the checkpoints so far, so that the first save of this start has its time reserved."""
+    is_new: bool
+    """The folder was not there before."""
 
 
 @contextmanager
@@ -134,11 +137,13 @@ def start_attempt(plan: Plan, groups: Groups) -> Iterator[Attempt]:
         num_steps=plan.config.train.num_steps,
     )
     attempt.end(State.running, None, "started")
+    is_mistake = False
     try:
         attempt.at("start", 1)
         yield attempt
     except BaseException as error:
         _tell_failure(attempt, error)
+        is_mistake = isinstance(error, UserError)
         raise
     finally:
         if attempt.watchdog is not None:
@@ -146,6 +151,18 @@ def start_attempt(plan: Plan, groups: Groups) -> Iterator[Attempt]:
         if lock is not None:
             with suppress(OSError):
                 lock.release()
+            if is_mistake and past.is_new:
+                _leave_no_folder(run_dir)
+
+
+def _leave_no_folder(run_dir: Path) -> None:
+    """Remove a run folder that a mistake has left without anything but the tale of the mistake."""
+    ours = {JOURNAL_FILE, OUTCOME_FILE}
+    with suppress(OSError):
+        if {path.name for path in run_dir.iterdir()} <= ours:
+            for name in ours:
+                (run_dir / name).unlink(missing_ok=True)
+            run_dir.rmdir()
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -156,6 +173,7 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 def _take(run_dir: Path, lock: RunLock | None) -> _Past:
     """Lock the folder and read its journal; end a roll-back that a crash has interrupted."""
     assert lock is not None, "rank 0 alone takes the folder"
+    is_new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         last_alive = renewed_at(lock.path)
@@ -175,7 +193,12 @@ def _take(run_dir: Path, lock: RunLock | None) -> _Past:
     roll_backs = sum(event["event"] == ROLL_BACK for event in events)
     saves = (event["seconds"] for event in events if event["event"] == "saved")
     return _Past(
-        next_attempt(events), skipped_steps(events), roll_backs, last_alive, max(saves, default=0.0)
+        attempt=next_attempt(events),
+        skipped=skipped_steps(events),
+        roll_backs=roll_backs,
+        last_alive=last_alive,
+        longest_save_s=max(saves, default=0.0),
+        is_new=is_new,
     )
 
 

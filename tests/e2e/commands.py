@@ -49,10 +49,14 @@ def succeed(on_ranks: OnRanks, num_ranks: int, job: str, words: list[str]) -> Ou
     return outcome
 
 
+TALES = {"journal.jsonl", "outcome.json"}
+"""Files of a run folder that tell of every start, also of one that was refused."""
+
+
 def contents(folder: Path) -> dict[str, str]:
-    """Return the hash of every file in a folder, by path."""
+    """Return the hash of every file in a folder, by path; but those that tell of every start."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in TALES
     }
