@@ -272,10 +272,10 @@ def test_a_finished_run_is_left_as_it_is(begin: Begin, run_dir: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 24 MB."""
+    """A file system of its own that holds four checkpoints of 7.5 MB: keep=3 and the next."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a file system can be mounted by root alone, and not in every container")
     yield folder
