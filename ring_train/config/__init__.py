@@ -3,8 +3,14 @@
 from ring_train.config.choices import (
     AdapterExport,
     Architecture,
+    CrossEntropyKernel,
     DecayCurve,
     DecayLayerRule,
+    ExpertKernel,
+    FlexDispatcher,
+    Fp8,
+    Kernel,
+    LightningKernel,
     LrDecayStyle,
     MtpExport,
     NewGates,
@@ -15,11 +21,14 @@ from ring_train.config.choices import (
     RecomputeGranularity,
     RecomputeMethod,
     ScoreFunction,
+    TokenDispatcher,
+    TransformerImpl,
     WeightFormat,
 )
 from ring_train.config.composition import ConfigError, compose, read_yaml, to_yaml
 from ring_train.config.data import DataConfig, DomainConfig
 from ring_train.config.evaluation import EvaluationConfig
+from ring_train.config.kernels import KernelsConfig
 from ring_train.config.lora import LoraConfig
 from ring_train.config.machine import MachineConfig
 from ring_train.config.model import ModelConfig
@@ -57,6 +66,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConvertConfig",
+    "CrossEntropyKernel",
     "DataConfig",
     "DecayCurve",
     "DecayLayerRule",
@@ -64,9 +74,15 @@ __all__ = [
     "DryRunConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "ExpertKernel",
     "ExplainConfig",
     "ExportConfig",
+    "FlexDispatcher",
+    "Fp8",
     "GenerateConfig",
+    "Kernel",
+    "KernelsConfig",
+    "LightningKernel",
     "LoggingConfig",
     "LoraConfig",
     "LrDecayStyle",
@@ -93,7 +109,9 @@ __all__ = [
     "ScoreFunction",
     "SelectCheckpointConfig",
     "StatusConfig",
+    "TokenDispatcher",
     "TrainConfig",
+    "TransformerImpl",
     "ValidateConfig",
     "VerifyCheckpointConfig",
     "VerifyExportConfig",

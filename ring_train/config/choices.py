@@ -146,3 +146,74 @@ class DecayCurve(StrEnum):
     """1 - sqrt(x)."""
     constant = auto()
     """No decay: the last checkpoint alone, to compare with."""
+
+
+class Kernel(StrEnum):
+    """What computes an operation that Triton may fuse."""
+
+    auto = "auto"
+    """Triton for what is on a GPU, else torch."""
+    torch = "torch"
+    triton = "triton"
+
+
+class LightningKernel(StrEnum):
+    """What computes lightning attention."""
+
+    auto = "auto"
+    """Triton for what is on a GPU, else torch."""
+    torch = "torch"
+    triton = "triton"
+    fla = "fla"
+    """flash-linear-attention, `chunk_simple_gla` with a constant decay."""
+
+
+class CrossEntropyKernel(StrEnum):
+    """How the loss of a token is computed from its hidden state."""
+
+    full = auto()
+    """From all logits at once."""
+    chunked = auto()
+    """From the logits of some tokens at a time, which the backward pass computes again."""
+
+
+class ExpertKernel(StrEnum):
+    """How the routed experts of a rank are multiplied."""
+
+    auto = "auto"
+    """Grouped on a GPU, unless experts have adapters; else one by one."""
+    sequential = "sequential"
+    """One by one."""
+    grouped = "grouped"
+    """In one product over all experts of the rank."""
+
+
+class TransformerImpl(StrEnum):
+    """Where projections, norms, softmax attention and experts come from."""
+
+    local = auto()
+    """torch, and the kernels of this project."""
+    transformer_engine = auto()
+
+
+class Fp8(StrEnum):
+    """In which form the inputs of matrix products are rounded to 8 bits."""
+
+    none = auto()
+    blockwise = auto()
+    """e4m3, scales per 1 x 128 of activations and gradients and per 128 x 128 of weights."""
+
+
+class TokenDispatcher(StrEnum):
+    """How tokens travel to the ranks of their experts."""
+
+    alltoall = auto()
+    flex = auto()
+    """Kernels of a communication library that fuse permutation and transfer."""
+
+
+class FlexDispatcher(StrEnum):
+    """Communication library behind the flex dispatcher."""
+
+    deepep = auto()
+    hybridep = auto()

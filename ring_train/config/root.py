@@ -17,6 +17,7 @@ from ring_train.config.choices import (
 )
 from ring_train.config.data import DataConfig
 from ring_train.config.evaluation import EvaluationConfig
+from ring_train.config.kernels import KernelsConfig
 from ring_train.config.lora import LoraConfig
 from ring_train.config.machine import MachineConfig
 from ring_train.config.model import ModelConfig
@@ -47,6 +48,7 @@ class Config:
     """Checkpoint or Hugging Face folder with the initial weights; null = random."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that are trained in place of the weights of `init_from`."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     """What the run must fit on; a plan that does not is refused before ranks start."""

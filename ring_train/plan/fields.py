@@ -1,6 +1,6 @@
 """Who owns each field of megatron-core's TransformerConfig: exactly one of four.
 
-1. ours: a field of ModelConfig or ParallelConfig with the same name, copied;
+1. ours: a field of ModelConfig, ParallelConfig or KernelsConfig with the same name, copied;
 2. derived: computed by `ring_train.plan.megatron`;
 3. runtime: callables that `ring_train.train` attaches;
 4. passed through: named in `model.megatron`; whatever nobody names keeps megatron's default.
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ring_train.config import ModelConfig, ParallelConfig
+from ring_train.config import KernelsConfig, ModelConfig, ParallelConfig
 from ring_train.config.keys import nearest
 
 SNAPSHOT_FILE = Path(__file__).parent / "megatron_fields.json"
@@ -22,6 +22,10 @@ SNAPSHOT_FILE = Path(__file__).parent / "megatron_fields.json"
 DERIVED_FIELDS = frozenset(
     {
         # Ours under the same name, but megatron must see another value.
+        "fp8",
+        "moe_flex_dispatcher_backend",
+        "moe_token_dispatcher_type",
+        "transformer_impl",
         "moe_aux_loss_coeff",
         "moe_router_bias_update_rate",
         "moe_router_enable_expert_bias",
@@ -56,6 +60,7 @@ DERIVED_FIELDS = frozenset(
         "bias_dropout_fusion",
         "calculate_per_token_loss",
         "cuda_graph_modules",
+        "fp8_recipe",
         "gated_linear_unit",
         "gradient_accumulation_fusion",
         "hidden_dropout",
@@ -63,11 +68,9 @@ DERIVED_FIELDS = frozenset(
         "moe_grouped_gemm",
         "moe_router_dtype",
         "moe_router_load_balancing_type",
-        "moe_token_dispatcher_type",
         "normalization",
         "perform_initialization",
         "persist_layer_norm",
-        "transformer_impl",
         "use_cpu_initialization",
         "variable_seq_lengths",
     }
@@ -97,7 +100,11 @@ def snapshot() -> dict[str, Any]:
 def owners() -> dict[str, str]:
     """Return the owner of each TransformerConfig field that has one besides `model.megatron`."""
     found = {}
-    for group, node in (("model", ModelConfig), ("parallel", ParallelConfig)):
+    for group, node in (
+        ("model", ModelConfig),
+        ("parallel", ParallelConfig),
+        ("kernels", KernelsConfig),
+    ):
         for field in dataclasses.fields(node):
             if field.name in snapshot()["fields"]:
                 found[field.name] = f"{group}.{field.name}"
@@ -108,7 +115,7 @@ def owners() -> dict[str, str]:
     return found
 
 
-def same_named_fields(node: ModelConfig | ParallelConfig) -> dict[str, Any]:
+def same_named_fields(node: ModelConfig | ParallelConfig | KernelsConfig) -> dict[str, Any]:
     """Return the values of a config node that TransformerConfig gets unchanged, by name."""
     names = snapshot()["fields"].keys() - DERIVED_FIELDS
     found = dataclasses.fields(node)

@@ -12,7 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ring_train.config import Precision
+from ring_train.config import Fp8, Precision
 from ring_train.plan.fields import same_named_fields
 from ring_train.plan.plan import Plan
 
@@ -22,7 +22,9 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 def make_transformer_config(plan: Plan) -> TransformerConfig:
     """Return megatron's model config: ours by name, derived here, then passed through."""
     model, parallel = plan.config.model, plan.config.parallel
-    fields = same_named_fields(model) | same_named_fields(parallel) | derived_fields(plan)
+    nodes = (model, parallel, plan.config.kernels)
+    fields = {k: v for node in nodes for k, v in same_named_fields(node).items()}
+    fields |= derived_fields(plan)
     if model.num_moe_experts is None:
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
     with warnings.catch_warnings():
@@ -45,7 +47,6 @@ def derived_fields(plan: Plan) -> dict[str, Any]:
         "moe_router_score_function": plan.config.model.moe_router_score_function.value,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
         "normalization": "RMSNorm",
         "activation_func": torch.nn.functional.silu,
@@ -60,7 +61,21 @@ def derived_fields(plan: Plan) -> dict[str, Any]:
         # Weights are drawn by global parameter name, after construction.
         "perform_initialization": False,
         "use_cpu_initialization": True,
+        **kernel_fields(plan),
         **LOCAL_KERNELS,
+    }
+
+
+def kernel_fields(plan: Plan) -> dict[str, Any]:
+    """Return the fields that choose megatron's kernels and dispatcher."""
+    kernels = plan.config.kernels
+    has_fp8 = kernels.fp8 is not Fp8.none
+    return {
+        "transformer_impl": kernels.transformer_impl.value,
+        "fp8": "e4m3" if has_fp8 else None,
+        "fp8_recipe": kernels.fp8.value if has_fp8 else "delayed",
+        "moe_token_dispatcher_type": kernels.moe_token_dispatcher_type.value,
+        "moe_flex_dispatcher_backend": kernels.moe_flex_dispatcher_backend.value,
     }
 
 
@@ -104,7 +119,6 @@ def ours_to_compute() -> dict[str, Any]:
 
 
 LOCAL_KERNELS: dict[str, Any] = {
-    "transformer_impl": "local",
     "gradient_accumulation_fusion": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -114,7 +128,7 @@ LOCAL_KERNELS: dict[str, Any] = {
     # The default warns that it is deprecated.
     "cuda_graph_modules": [],
 }
-"""Plain torch instead of CUDA, Apex and Transformer Engine kernels."""
+"""Fusions of megatron's that this project does itself or does not use."""
 
 
 def make_ddp_config(plan: Plan) -> DistributedDataParallelConfig:

@@ -11,6 +11,7 @@ from ring_train.plan.cost import Cost, make_cost, state_bytes
 from ring_train.plan.coverage import coverage_problems
 from ring_train.plan.evaluation import evaluation_problems
 from ring_train.plan.fields import passthrough_problems
+from ring_train.plan.kernels import kernel_problems
 from ring_train.plan.layers import LayerPlan, layer_problems, make_layers
 from ring_train.plan.lora import LoraPlan, lora_problems, make_lora
 from ring_train.plan.memory import make_memory, memory_problems
@@ -91,6 +92,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         *evaluation_problems(config),
         *profiling_problems(config.logging, world_size),
         *machine_problems(config.machine),
+        *kernel_problems(config, mesh),
     ]
     if problems:
         raise PlanError(problems)

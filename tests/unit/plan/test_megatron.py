@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ring_train.config import Config, ModelConfig, ParallelConfig
+from ring_train.config import Config, KernelsConfig, ModelConfig, ParallelConfig
 from ring_train.plan import make_plan
 from ring_train.plan.fields import (
     DERIVED_FIELDS,
@@ -35,17 +35,17 @@ def test_every_field_has_one_owner() -> None:
     fields = snapshot()["fields"].keys()
     assert fields >= DERIVED_FIELDS | RUNTIME_FIELDS
     assert not DERIVED_FIELDS & RUNTIME_FIELDS
-    model, parallel = (
-        {f.name for f in dataclasses.fields(n)} for n in (ModelConfig, ParallelConfig)
-    )
-    assert not model & parallel
-    assert not (model | parallel) & RUNTIME_FIELDS
-    assert owners().keys() == (model | parallel) & fields | DERIVED_FIELDS | RUNTIME_FIELDS
+    nodes = (ModelConfig, ParallelConfig, KernelsConfig)
+    names = [field.name for node in nodes for field in dataclasses.fields(node)]
+    ours = set(names)
+    assert len(ours) == len(names)
+    assert not ours & RUNTIME_FIELDS
+    assert owners().keys() == ours & fields | DERIVED_FIELDS | RUNTIME_FIELDS
 
 
 def test_no_other_node_spells_a_megatron_field() -> None:
     for name, node in typing.get_type_hints(Config).items():
-        if name not in ("model", "parallel") and dataclasses.is_dataclass(node):
+        if name not in ("model", "parallel", "kernels") and dataclasses.is_dataclass(node):
             names = {field.name for field in dataclasses.fields(node)}
             assert not names & snapshot()["fields"].keys()
 
@@ -59,7 +59,8 @@ def test_derived_fields_are_those_declared() -> None:
 def test_megatron_keeps_every_value_it_is_given(words: list[str], precision: str) -> None:
     config = tiny(*words, f"train.precision={precision}")
     plan = make_plan(config, 2)
-    given = same_named_fields(config.model) | same_named_fields(config.parallel)
+    nodes = (config.model, config.parallel, config.kernels)
+    given = {name: value for node in nodes for name, value in same_named_fields(node).items()}
     given |= derived_fields(plan)
     built = make_transformer_config(plan)
     kept = {name: getattr(built, name) for name in given}

@@ -1,0 +1,41 @@
+"""What launches of all kernels share: tuning, sizes of blocks, precision of dot products."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels of this process run in Triton's interpreter, on the CPU."""
+
+
+def tuned(
+    key: Sequence[str], *choices: tuple[int, int], first: tuple[int, int]
+) -> Callable[[Any], Any]:
+    """Return a decorator that times (num_warps, num_stages) once per `key` and keeps the best.
+
+    Neither changes a result: sums run over blocks whose sizes the launch fixes. Timings are cached
+    on disk, in Triton's cache folder. The interpreter takes `first`.
+    """
+    pairs = [first] if INTERPRETED else [first, *(pair for pair in choices if pair != first)]
+    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in pairs]
+    return triton.autotune(configs, key=list(key), cache_results=not INTERPRETED)
+
+
+def padded(size: int) -> int:
+    """Return the block that holds `size` elements: a power of two, at least 16 (a dot's least)."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return the `input_precision` of dot products for inputs of a dtype."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def num_processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; those of an H100 where there is none."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

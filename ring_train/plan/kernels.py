@@ -1,0 +1,109 @@
+"""Which choices of kernels contradict the run or each other."""
+
+from ring_train.config import (
+    Config,
+    CrossEntropyKernel,
+    ExpertKernel,
+    Fp8,
+    Precision,
+    TokenDispatcher,
+    TransformerImpl,
+)
+from ring_train.plan.mesh import Mesh
+
+FP8_BLOCK = 128
+"""Channels of a block of the FP8 recipe."""
+
+
+def kernel_problems(config: Config, mesh: Mesh) -> list[str]:
+    """Return what is wrong with the kernels of a run."""
+    kernels = config.kernels
+    problems = [*_engine_problems(config), *_fp8_problems(config, mesh)]
+    if kernels.cross_entropy_chunk_tokens < 1:
+        problems.append(
+            f"kernels.cross_entropy_chunk_tokens={kernels.cross_entropy_chunk_tokens} is not "
+            "positive; choose e.g. 1024, or kernels.cross_entropy=full"
+        )
+    grouped = kernels.experts is ExpertKernel.grouped
+    if grouped and any(name.startswith("experts.") for name in config.lora.targets):
+        problems.append(
+            "kernels.experts=grouped has no adapters, but lora.targets names routed experts; "
+            "choose kernels.experts=sequential or auto"
+        )
+    flex = kernels.moe_token_dispatcher_type is TokenDispatcher.flex
+    if flex and mesh.ep * mesh.etp == 1:
+        problems.append(
+            "kernels.moe_token_dispatcher_type=flex moves tokens between ranks, but experts are "
+            "on one rank (parallel.expert_model_parallel_size=1); choose alltoall"
+        )
+    if flex and config.train.precision is not Precision.bf16:
+        problems.append(
+            f"kernels.moe_token_dispatcher_type=flex moves bf16, but train.precision="
+            f"{config.train.precision.value}; choose train.precision=bf16 or alltoall"
+        )
+    if kernels.moe_shared_expert_overlap and flex:
+        problems.append(
+            "kernels.moe_shared_expert_overlap=true is of the dispatcher alltoall, but "
+            "kernels.moe_token_dispatcher_type=flex; choose one of both"
+        )
+    if kernels.moe_shared_expert_overlap and not config.model.moe_shared_expert_intermediate_size:
+        problems.append(
+            "kernels.moe_shared_expert_overlap=true, but the model has no shared expert "
+            "(model.moe_shared_expert_intermediate_size=null); set it to false"
+        )
+    return problems
+
+
+def _engine_problems(config: Config) -> list[str]:
+    kernels = config.kernels
+    if kernels.transformer_impl is TransformerImpl.local:
+        return []
+    problems = []
+    if config.lora.rank is not None:
+        problems.append(
+            "kernels.transformer_impl=transformer_engine has no adapters, but lora.rank="
+            f"{config.lora.rank}; choose kernels.transformer_impl=local"
+        )
+    if config.train.precision is not Precision.bf16:
+        problems.append(
+            "kernels.transformer_impl=transformer_engine computes in bf16, but train.precision="
+            f"{config.train.precision.value}; choose train.precision=bf16, or "
+            "kernels.transformer_impl=local"
+        )
+    if kernels.experts is not ExpertKernel.auto:
+        problems.append(
+            f"kernels.experts={kernels.experts.value} is of kernels.transformer_impl=local; "
+            "leave it at auto"
+        )
+    return problems
+
+
+def _fp8_problems(config: Config, mesh: Mesh) -> list[str]:
+    kernels, model = config.kernels, config.model
+    if kernels.fp8 is Fp8.none:
+        return []
+    problems = []
+    if kernels.transformer_impl is TransformerImpl.local:
+        problems.append(
+            f"kernels.fp8={kernels.fp8.value} needs kernels.transformer_impl=transformer_engine"
+        )
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size over tp": model.ffn_hidden_size / mesh.tp,
+    }
+    if model.num_moe_experts:
+        widths["model.moe_ffn_hidden_size over etp"] = model.moe_ffn_hidden_size / mesh.etp
+    for name, width in widths.items():
+        if width % FP8_BLOCK:
+            problems.append(
+                f"kernels.fp8={kernels.fp8.value} works on blocks of {FP8_BLOCK} channels, but "
+                f"{name} is {width:g}; choose sizes and degrees that leave whole blocks"
+            )
+    return problems
+
+
+def keeps_all_logits(config: Config, row_tokens: int) -> bool:
+    """Return whether a row of so many tokens (of one rank) has all its logits at once."""
+    kernels = config.kernels
+    full = kernels.cross_entropy is CrossEntropyKernel.full
+    return full or row_tokens <= kernels.cross_entropy_chunk_tokens
