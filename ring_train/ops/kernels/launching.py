@@ -16,8 +16,9 @@ def tuned(
 ) -> Callable[[Any], Any]:
     """Return a decorator that times (num_warps, num_stages) once per `key` and keeps the best.
 
-    Neither changes a result: sums run over blocks whose sizes the launch fixes. Timings are cached
-    on disk, in Triton's cache folder. The interpreter takes `first`.
+    Block sizes are the launch's, so a dot product adds in one order whatever is chosen; a `tl.sum`
+    may not. Choices are cached on disk, in Triton's cache folder, so that they are those of the
+    first run. The interpreter takes `first`.
     """
     pairs = [first] if INTERPRETED else [first, *(pair for pair in choices if pair != first)]
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in pairs]
@@ -39,3 +40,23 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _repair_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 count to a scalar that was computed.
+
+    It keeps scalars as arrays of one element, which numpy 2.5 no longer converts to integers.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED:
+    _repair_interpreter()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ring_train.ops import lightning
+from ring_train.ops import lightning_chunked
 from ring_train.ops.decay import decay_slopes
 from ring_train.ops.lightning import (
     lightning_attention,
@@ -127,7 +127,7 @@ def test_default_chunks_equal_recurrence_in_fp64(lengths: tuple[int, ...]) -> No
 def test_blocks_of_blocks_of_chunks_equal_recurrence(lengths: tuple[int, ...]) -> None:
     inputs = make_inputs(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightning, "SCAN_BLOCK", 3)
+        patch.setattr(lightning_chunked, "SCAN_BLOCK", 3)
         found = chunked(inputs, lengths, chunk_size=2)
     assert_equal_by_name(found, recurrent(inputs, lengths), TIGHT_FP64)
 

@@ -1,0 +1,123 @@
+"""Lightning attention by the Triton kernels of this project."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ring_train.ops.documents import document_indices
+from ring_train.ops.kernels.lightning import make_output
+from ring_train.ops.kernels.lightning_gradient import make_gradients
+from ring_train.ops.kernels.lightning_states import (
+    MAX_HEAD_DIM,
+    Row,
+    States,
+    chunk_size_for,
+    make_states,
+)
+from ring_train.ops.lightning_inputs import LightningInputs
+
+
+def triton_attention(
+    inputs: LightningInputs, chunk_size: int | None
+) -> tuple[Float[Tensor, "t n dv"], Float[Tensor, "documents n d dv"] | None]:
+    """Return what `lightning_attention` does.
+
+    Raises:
+        ValueError: a head dim above 128, or a chunk size that no block has.
+    """
+    q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state = inputs
+    assert lengths is not None
+    if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
+        raise ValueError(
+            f"q={tuple(q.shape)}, v={tuple(v.shape)}: backend='triton' has head dims up to "
+            f"{MAX_HEAD_DIM}; choose backend='torch' or 'fla'"
+        )
+    size = chunk_size or chunk_size_for(q.dtype)
+    if size < 16 or size & (size - 1):
+        raise ValueError(
+            f"chunk_size={size} is no block of backend='triton'; choose a power of two from 16"
+        )
+    boundaries = cu_seqlens.to(q.device, torch.int32)
+    documents = None
+    if len(lengths) > 1:
+        documents = document_indices(boundaries, q.shape[0]).to(torch.int32)
+    row = Row(slopes.detach().float(), documents, boundaries, scale, size)
+    initial = None if initial_state is None else initial_state.float().contiguous()
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    if initial is None and not output_final_state:
+        return _Attention.apply(q, k, v, row), None
+    return _AttentionWithStates.apply(q, k, v, initial, _Options(row, output_final_state))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return `x` with neighbouring channels of a head side by side; its rows may have gaps."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+class _Options(NamedTuple):
+    row: Row
+    output_final_state: bool
+
+
+class _Attention(torch.autograd.Function):
+    """Output without states of documents."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        states, _ = make_states(k, v, row, initial=None, with_final=False, reverse=False)
+        _save(ctx, (q, k, v, None), states, row)
+        return make_output(q, k, v, row, states, initial=None)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grad, None)[:3], None
+
+
+class _AttentionWithStates(torch.autograd.Function):
+    """Output and the final states, from initial states; either may be absent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, options: _Options
+    ) -> tuple[Tensor, Tensor | None]:
+        row = options.row
+        states, final = make_states(
+            k, v, row, initial=initial, with_final=options.output_final_state, reverse=False
+        )
+        _save(ctx, (q, k, v, initial), states, row)
+        return make_output(q, k, v, row, states, initial=initial), final
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: Tensor, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grad, final_grad), None
+
+
+def _save(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], states: States, row: Row
+) -> None:
+    ctx.save_for_backward(*inputs, states.local, states.carried)
+    ctx.row, ctx.chunks_per_segment = row, states.chunks_per_segment
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, final_grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    q, k, v, initial, local, carried = ctx.saved_tensors
+    return make_gradients(
+        q,
+        k,
+        v,
+        grad.contiguous(),
+        ctx.row,
+        States(local, carried, ctx.chunks_per_segment),
+        initial=initial,
+        final_grad=None if final_grad is None else final_grad.float().contiguous(),
+        with_initial_grad=initial is not None and ctx.needs_input_grad[3],
+    )
