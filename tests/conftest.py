@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import hypothesis
+import jaxtyping
 import pytest
+
+# Shapes in signatures count, except in Triton's kernels, which nothing may wrap.
+OPS = Path(__file__).parents[1] / "ring_train" / "ops"
+jaxtyping.install_import_hook(
+    [f"ring_train.ops.{path.stem}" for path in OPS.glob("[a-z]*.py")], "beartype.beartype"
+)
 
 # Examples take as long as a shared machine lets them; pytest's timeout bounds the whole.
 hypothesis.settings.register_profile("patient", deadline=None)

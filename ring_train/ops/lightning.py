@@ -54,7 +54,8 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
         output_final_state: whether to compute the final states.
         chunk_size: tokens per chunk of torch and Triton, which then choose; changes rounding and
             speed only.
-        backend: `torch`, `triton`, `fla`, or `auto`: Triton on a GPU, except in fp64, else torch.
+        backend: `torch`, `triton`, `fla`, or `auto`: Triton for bf16 and fp16 on a GPU, else
+            torch.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 or 128")
@@ -62,6 +63,8 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
     inputs = LightningInputs(
         q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state
     ).checked()
+    if backend == "auto" and q.dtype == torch.float32:
+        backend = "torch"  # the Triton kernels spill registers in fp32
     name = resolve_backend(backend, q, BACKENDS)
     if name == "torch":
         return chunked_attention(inputs, chunk_size)

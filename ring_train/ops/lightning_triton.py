@@ -35,7 +35,7 @@ def triton_attention(
             f"q={tuple(q.shape)}, v={tuple(v.shape)}: backend='triton' has head dims up to "
             f"{MAX_HEAD_DIM}; choose backend='torch' or 'fla'"
         )
-    size = chunk_size or chunk_size_for(q.dtype)
+    size = chunk_size or chunk_size_for(q)
     if size < 16 or size & (size - 1):
         raise ValueError(
             f"chunk_size={size} is no block of backend='triton'; choose a power of two from 16"

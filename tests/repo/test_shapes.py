@@ -1,4 +1,4 @@
-"""The jaxtyping hook of pyproject.toml is on: shapes in signatures of ring_train.ops count."""
+"""The jaxtyping hook of tests/conftest.py is on: shapes in signatures of ring_train.ops count."""
 
 import jaxtyping
 import pytest

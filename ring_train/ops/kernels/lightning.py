@@ -7,16 +7,19 @@ from torch import Tensor
 from ring_train.ops.kernels.launching import dot_precision, padded, tuned
 from ring_train.ops.kernels.lightning_states import Row, States
 from ring_train.ops.kernels.lightning_tiles import (
+    boundary_weight,
+    carried_weight,
     decay,
     dot_state,
     load_columns,
     load_rows,
     load_tile,
-    state_before,
+    pair_weight,
+    read_states,
 )
 
 
-@tuned(("D", "DV", "num_heads"), (8, 2), (8, 3), (4, 3), first=(8, 1))
+@tuned(("D", "DV", "num_heads"), (4, 1), (4, 2), (8, 1), (8, 2), first=(4, 1))
 @triton.jit
 def _output_kernel(
     q,
@@ -44,64 +47,64 @@ def _output_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     MANY: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute the output of one head in one chunk."""
-    head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Compute the output of one head for some rows of a chunk."""
+    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1) % (CHUNK // ROWS)
+    chunk = tl.program_id(1) // (CHUNK // ROWS)
     dim, column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     start = chunk * CHUNK
-    place = tl.arange(0, CHUNK)
-    rows = start + place
+    rows = start + block * ROWS + tl.arange(0, ROWS)
     slope = tl.load(slopes + head)
     query = load_rows(q, rows, head, q_stride_t, q_stride_n, dim, num_tokens, D)
-    keys = load_columns(k, rows, head, k_stride_t, k_stride_n, dim, num_tokens, D)
-    values = load_rows(v, rows, head, v_stride_t, v_stride_n, column, num_tokens, DV)
-    state = state_before(
+    left = 0.0
+    if carried is not None:
+        left = carried_weight(
+            documents, slope, chunk, num_tokens, chunks_per_segment, CHUNK, False, MANY
+        )
+    out = read_states(
+        query,
         local,
         carried,
-        documents,
-        slope,
+        left,
         chunk,
+        chunks_per_segment,
         head,
         num_heads,
-        num_tokens,
-        chunks_per_segment,
         dim[:, None],
         column[None, :],
         D,
         DV,
-        CHUNK,
-        False,
-        MANY,
+        PRECISION,
     )
-    read = decay(slope, place + 1)
-    weight = decay(slope, place[:, None] - place[None, :])
-    if MANY:
-        document = tl.load(documents + rows, mask=rows < num_tokens, other=-1)
-        weight = tl.where(document[:, None] == document[None, :], weight, 0.0)
-        read = tl.where(document == tl.load(documents + start), read, 0.0)
-    out = read[:, None] * dot_state(query, state, PRECISION)
-    if MANY:
-        out = tl.where(read[:, None] > 0, out, 0.0)
-    scores = tl.dot(query, keys, input_precision=PRECISION) * scale
-    scores = tl.where(weight > 0, scores * weight, 0.0)
-    out = scale * out + tl.dot(scores.to(values.dtype), values, input_precision=PRECISION)
+    read = boundary_weight(slope, rows - start + 1, documents, rows, start, num_tokens, MANY)
+    out = tl.where(read[:, None] > 0, scale * read[:, None] * out, 0.0)
+    for other in range(block + 1):
+        seen = start + other * ROWS + tl.arange(0, ROWS)
+        keys = load_columns(k, seen, head, k_stride_t, k_stride_n, dim, num_tokens, D)
+        values = load_rows(v, seen, head, v_stride_t, v_stride_n, column, num_tokens, DV)
+        weight = pair_weight(slope, documents, rows, seen, num_tokens, MANY)
+        scores = tl.dot(query, keys, input_precision=PRECISION)
+        scores = tl.where(weight > 0, scores * (weight * scale), 0.0)
+        out += tl.dot(scores.to(values.dtype), values, input_precision=PRECISION)
     if HAS_INITIAL:
-        number, beyond = tl.program_id(1) * 0, tl.program_id(1) * 0
+        entry = tl.program_id(1) * 0
+        leave = tl.program_id(1) * 0
         if MANY:
-            number = tl.load(documents + start)
-            beyond = tl.load(documents + tl.minimum(start + CHUNK, num_tokens) - 1)
-        for begun in range(number, beyond + 1):
+            entry = tl.load(documents + start)
+            leave = tl.load(documents + tl.minimum(start + CHUNK, num_tokens) - 1)
+        for begun in range(entry, leave + 1):
             low, high = tl.load(boundaries + begun), tl.load(boundaries + begun + 1)
             if low >= start:
                 before = load_tile(
                     initial, begun, head, num_heads, dim[:, None], column[None, :], D, DV
                 )
-                seen = decay(slope, rows - low + 1)[:, None] * dot_state(query, before, PRECISION)
+                found = decay(slope, rows - low + 1)[:, None] * dot_state(query, before, PRECISION)
                 own = (rows >= low) & (rows < high)
-                out += tl.where(own[:, None], scale * seen, 0.0)
+                out += tl.where(own[:, None], scale * found, 0.0)
     at = output + (rows.to(tl.int64)[:, None] * num_heads + head) * DV + column[None, :]
     tl.store(
         at,
@@ -117,7 +120,7 @@ def make_output(
     num_tokens, heads, d = q.shape
     dv = v.shape[2]
     output = q.new_empty(num_tokens, heads, dv)
-    _output_kernel[(heads, -(-num_tokens // row.chunk_size))](
+    _output_kernel[(heads, row.num_blocks(num_tokens))](
         q,
         k,
         v,
@@ -140,6 +143,7 @@ def make_output(
         BLOCK_D=padded(d),
         BLOCK_V=padded(dv),
         CHUNK=row.chunk_size,
+        ROWS=row.block_rows,
         MANY=row.documents is not None,
         HAS_INITIAL=initial is not None,
         PRECISION=dot_precision(q.dtype),

@@ -55,6 +55,16 @@ class Row(NamedTuple):
     """[documents + 1] int32; needed with states of documents only."""
     scale: float
     chunk_size: int
+    """Tokens, a power of two from 16."""
+
+    @property
+    def block_rows(self) -> int:
+        """Tokens of one program of pass 2: two make a chunk, to keep registers and occupancy."""
+        return max(16, self.chunk_size // 2)
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Return the blocks of rows in all chunks of a row of so many tokens."""
+        return -(-num_tokens // self.chunk_size) * (self.chunk_size // self.block_rows)
 
 
 class States(NamedTuple):
@@ -63,13 +73,16 @@ class States(NamedTuple):
     local: Tensor
     """[chunks, n, d, dv] state before (in reverse: after) each chunk, of its segment alone."""
     carried: Tensor | None
-    """[segments, n, d, dv] fp32 state before each segment; None for one segment."""
+    """[segments, n, d, dv] state before each segment; None for one segment."""
     chunks_per_segment: int
 
 
-def chunk_size_for(dtype: torch.dtype) -> int:
-    """Return the tokens of a chunk: 128, or 64 where four bytes an element fill shared memory."""
-    return 64 if dtype == torch.float32 else 128
+def chunk_size_for(x: Tensor) -> int:
+    """Return the tokens of a chunk: as many as registers hold without spills, see docs/gpu.md."""
+    if x.dtype == torch.float32:
+        return 32
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return 128 if hopper and x.dtype == torch.bfloat16 else 64
 
 
 @tuned(("D", "DV", "num_heads"), (4, 3), (8, 2), (8, 3), (4, 4), first=(4, 2))
@@ -231,7 +244,7 @@ def _carry_kernel(
                 outside = tl.load(documents + start - 1, mask=start > 0, other=-1)
             state = tl.where(outside == entry, state, 0.0)
         offset = (segment * num_heads + head) * (D * DV) + element
-        tl.store(carried + offset, state, mask=inside)
+        tl.store(carried + offset, state.to(carried.dtype.element_ty), mask=inside)
         if HAS_FINAL:
             end = tl.load(boundaries + entry) if REVERSE else tl.load(boundaries + entry + 1) - 1
             if (end >= start) & (end < stop):
@@ -279,7 +292,8 @@ def make_states(
     local = a.new_empty(chunks, heads, d, dv, dtype=state_dtype)
     totals = carried = final = None
     if segments > 1:
-        totals, carried = a.new_empty(2, segments, heads, d, dv, dtype=torch.float32).unbind()
+        totals = a.new_empty(segments, heads, d, dv, dtype=torch.float32)
+        carried = torch.empty_like(totals, dtype=state_dtype)
     if with_final:
         assert row.boundaries is not None
         documents = row.boundaries.shape[0] - 1

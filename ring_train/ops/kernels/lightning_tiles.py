@@ -47,45 +47,82 @@ def store_tile(x, index, head, num_heads, dim, channel, value, D: tl.constexpr, 
 
 
 @triton.jit
-def state_before(
-    local,
-    carried,
+def carried_weight(
     documents,
     slope,
     chunk,
-    head,
-    num_heads,
     num_tokens,
     chunks_per_segment,
-    dim,
-    channel,
-    D: tl.constexpr,
-    DV: tl.constexpr,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     MANY: tl.constexpr,
 ):
-    """Return the state before a chunk (along the traversal): local plus carried."""
-    state = load_tile(local, chunk, head, num_heads, dim, channel, D, DV)
+    """Return how much of the state carried into its segment is left before a chunk.
+
+    "Before" is meant along the traversal, in reverse from the end of the row.
+    """
+    segment = chunk // chunks_per_segment
+    if REVERSE:
+        edge = tl.minimum((segment + 1) * chunks_per_segment * CHUNK, num_tokens)
+        here = tl.minimum((chunk + 1) * CHUNK, num_tokens)
+        weight = decay(slope, edge - here)
+    else:
+        edge = segment * chunks_per_segment * CHUNK
+        here = chunk * CHUNK
+        weight = decay(slope, here - edge)
+    if MANY:
+        # Of the token just before the segment, and of the one just inside this chunk.
+        if REVERSE:
+            outside = tl.load(documents + edge, mask=edge < num_tokens, other=-1)
+            inside = tl.load(documents + here - 1)
+        else:
+            outside = tl.load(documents + edge - 1, mask=edge > 0, other=-1)
+            inside = tl.load(documents + here)
+        weight = tl.where(outside == inside, weight, 0.0)
+    return weight
+
+
+@triton.jit
+def read_states(
+    x,
+    local,
+    carried,
+    weight,
+    chunk,
+    chunks_per_segment,
+    head,
+    num_heads,
+    dim,
+    channel,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return x @ (local + weight * carried) of a chunk; `dim` and `channel` lie as x needs them."""
+    found = dot_state(x, load_tile(local, chunk, head, num_heads, dim, channel, D, DV), PRECISION)
     if carried is not None:
         segment = chunk // chunks_per_segment
-        if REVERSE:
-            edge = tl.minimum((segment + 1) * chunks_per_segment * CHUNK, num_tokens)
-            here = tl.minimum((chunk + 1) * CHUNK, num_tokens)
-            distance = edge - here
-        else:
-            edge = segment * chunks_per_segment * CHUNK
-            here = chunk * CHUNK
-            distance = here - edge
-        reached = edge >= 0
-        if MANY:
-            # Of the token just before the segment, and of the one just inside this chunk.
-            if REVERSE:
-                outside = tl.load(documents + edge, mask=edge < num_tokens, other=-1)
-                reached = outside == tl.load(documents + here - 1)
-            else:
-                outside = tl.load(documents + edge - 1, mask=edge > 0, other=-1)
-                reached = outside == tl.load(documents + here)
-        more = load_tile(carried, segment, head, num_heads, dim, channel, D, DV)
-        state = state.to(tl.float32) + tl.where(reached, decay(slope, distance) * more, 0.0)
-    return state
+        state = load_tile(carried, segment, head, num_heads, dim, channel, D, DV)
+        found += tl.where(weight > 0, weight * dot_state(x, state, PRECISION), 0.0)
+    return found
+
+
+@triton.jit
+def pair_weight(slope, documents, later, earlier, num_tokens, MANY: tl.constexpr):
+    """Return the weight of earlier tokens for later ones: [later, earlier], 0 where not seen."""
+    weight = decay(slope, later[:, None] - earlier[None, :])
+    if MANY:
+        a = tl.load(documents + later, mask=later < num_tokens, other=-1)
+        b = tl.load(documents + earlier, mask=earlier < num_tokens, other=-1)
+        weight = tl.where(a[:, None] == b[None, :], weight, 0.0)
+    return weight
+
+
+@triton.jit
+def boundary_weight(slope, distance, documents, rows, edge, num_tokens, MANY: tl.constexpr):
+    """Return the weight of a state at the edge of a chunk for its rows: 0 in other documents."""
+    weight = decay(slope, distance)
+    if MANY:
+        document = tl.load(documents + rows, mask=rows < num_tokens, other=-1)
+        weight = tl.where(document == tl.load(documents + edge), weight, 0.0)
+    return weight
