@@ -22,6 +22,9 @@ import hypothesis
 import jaxtyping
 import pytest
 
+# Read when triton is imported: its kernels run on the CPU. On a GPU, TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Shapes in signatures count, except in Triton's kernels, which nothing may wrap.
 OPS = Path(__file__).parents[1] / "ring_train" / "ops"
 jaxtyping.install_import_hook(

@@ -10,13 +10,15 @@ Both are exact for documents that are cut anywhere. Sums over ranks are fp32 or 
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from ring_train.model.documents import Documents
 from ring_train.ops.attention import piece_attention
-from ring_train.ops.lightning import lightning_attention
+from ring_train.ops.lightning import lightning_attention, lightning_backend
 from ring_train.ops.lightning_state import read_state, run_state, transfer_weights
 from ring_train.ops.precision import compute_dtype
 from ring_train.plan.context import ContextRow
@@ -28,9 +30,9 @@ def context_lightning_attention(
     value: torch.Tensor,
     slopes: torch.Tensor,
     *,
-    cu_seqlens: torch.Tensor,
-    row: ContextRow,
+    documents: Documents,
     group: torch.distributed.ProcessGroup,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Return the output [t/cp, n/tp, dv] of lightning attention. Collective over `group`.
 
@@ -39,10 +41,12 @@ def context_lightning_attention(
         key: see query.
         value: see query.
         slopes: [n/tp] decay rates.
-        cu_seqlens: boundaries of this rank's pieces of documents.
-        row: the row as this rank sees it.
+        documents: this rank's pieces of the row, with their context.
         group: context-parallel ranks.
+        backend: of `lightning_attention`.
     """
+    row = documents.context
+    assert row is not None
     dtype, scale = compute_dtype(query.dtype), query.shape[2] ** -0.5
     rates = slopes.detach().double()
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -53,8 +57,26 @@ def context_lightning_attention(
     incoming = _Exchange.apply(
         states, transfer_weights(rates, row.distances, dtype), row, group
     )  # [own, n/tp, d, dv]
+    if lightning_backend(backend, query) != "torch":
+        # Kernels read the states themselves, and round the output once.
+        firsts = torch.tensor([0, *accumulate(len(pieces) for pieces in row.pieces)][:-1])
+        before = incoming.new_zeros(len(row.lengths), *incoming.shape[1:], dtype=torch.float32)
+        before = before.index_copy(0, firsts.to(before.device), incoming.float())
+        output, _ = lightning_attention(
+            *(query, key, value, slopes),
+            cu_seqlens=documents.cu_seqlens_q,
+            lengths=row.lengths,
+            scale=scale,
+            initial_state=before,
+            backend=backend,
+        )
+        return output
     output, _ = lightning_attention(
-        q, k, v, slopes, cu_seqlens=cu_seqlens, lengths=row.lengths, scale=scale
+        *(q, k, v, slopes),
+        cu_seqlens=documents.cu_seqlens_q,
+        lengths=row.lengths,
+        scale=scale,
+        backend="torch",
     )
     parts = list(output.split(row.lengths))
     queries, number = q.split(row.lengths), 0

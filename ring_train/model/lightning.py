@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ring_train.config import ModelConfig
+from ring_train.config import KernelsConfig, ModelConfig
 from ring_train.model.context import context_lightning_attention
 from ring_train.model.decoding import StateCache
 from ring_train.model.documents import Documents
@@ -36,6 +36,7 @@ class LightningAttention(SelfAttention):
         submodules: projections and norms; `core_attention` is not used.
         layer_number: 1-based, global.
         model: the model node, for decay rule, norm groups and activation.
+        kernels: the kernels node.
         linear_gate: builder of the gate's projection, called like that of `linear_qkv`.
         pg_collection: process groups.
     """
@@ -53,6 +54,7 @@ class LightningAttention(SelfAttention):
         submodules: SelfAttentionSubmodules,
         layer_number: int,
         model: ModelConfig,
+        kernels: KernelsConfig,
         linear_gate: Callable[..., torch.nn.Module],
         pg_collection: ProcessGroupCollection,
         **kwargs: Any,
@@ -63,6 +65,7 @@ class LightningAttention(SelfAttention):
         tp_rank, tp = pg_collection.tp.rank(), pg_collection.tp.size()
         heads = model.num_attention_heads // tp
         self.silu = model.linear_silu
+        self.backend = kernels.lightning.value
         self.cp_group = pg_collection.cp
         assert config.init_method is not None
         self.linear_gate = linear_gate(
@@ -133,9 +136,9 @@ class LightningAttention(SelfAttention):
                 key,
                 value,
                 self.slopes,
-                cu_seqlens=documents.cu_seqlens_q,
-                row=documents.context,
+                documents=documents,
                 group=self.cp_group,
+                backend=self.backend,
             )
         out, _ = lightning_attention(
             query,
@@ -144,6 +147,7 @@ class LightningAttention(SelfAttention):
             self.slopes,
             cu_seqlens=documents.cu_seqlens_q,
             lengths=documents.lengths,
+            backend=self.backend,
         )
         return out
 

@@ -98,6 +98,7 @@ def lightning_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
         params={
             "attn_mask_type": AttnMaskType.causal,
             "model": plan.config.model,
+            "kernels": plan.config.kernels,
             "linear_gate": column_parallel(plan, "linear_gate"),
         },
         submodules=_attention_submodules(plan),

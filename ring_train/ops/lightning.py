@@ -63,9 +63,7 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
     inputs = LightningInputs(
         q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state
     ).checked()
-    if backend == "auto" and q.dtype == torch.float32:
-        backend = "torch"  # the Triton kernels spill registers in fp32
-    name = resolve_backend(backend, q, BACKENDS)
+    name = lightning_backend(backend, q)
     if name == "torch":
         return chunked_attention(inputs, chunk_size)
     if name == "triton":
@@ -76,6 +74,13 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
     from ring_train.ops.lightning_fla import fla_attention
 
     return fla_attention(inputs)
+
+
+def lightning_backend(backend: str, q: Tensor) -> str:
+    """Return the backend that `lightning_attention` computes `q` with; see there."""
+    if backend == "auto" and q.dtype == torch.float32:
+        return "torch"  # the Triton kernels spill registers in fp32
+    return resolve_backend(backend, q, BACKENDS)
 
 
 def lightning_attention_step(

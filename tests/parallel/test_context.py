@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-12
 """Relative, L2, in fp64: sums of some hundred terms in another order."""
+TOLERANCE_FP32 = 1e-6
+"""The same with roundings of 6e-8."""
 HEADS, GROUPS, DIM = 4, 2, 8
 TOKENS = 96
 DOCUMENTS = {
@@ -29,7 +31,7 @@ MIXERS = ("lightning", "softmax")
 
 
 def run_mixer(
-    mixer: str, lengths: list[int], disturbed: int | None = None
+    mixer: str, lengths: list[int], disturbed: int | None = None, backend: str = "auto"
 ) -> dict[str, torch.Tensor]:
     """Return output and gradients of the whole row, gathered from the ranks of the world.
 
@@ -37,6 +39,7 @@ def run_mixer(
         mixer: which.
         lengths: of the documents.
         disturbed: a document whose queries, keys and values are other ones.
+        backend: of lightning attention; Triton runs in its interpreter, in fp32.
     """
     import torch
 
@@ -62,6 +65,8 @@ def run_mixer(
             tensor[start : start + lengths[disturbed]] *= -3
     ranges = own_tokens(TOKENS, cp, rank)
     own = {name: torch.cat([x[a:b] for a, b in ranges]) for name, x in row.items()}
+    if backend == "triton":
+        own = {name: x.float() for name, x in own.items()}
     q, k, v = (own[name].requires_grad_() for name in "qkv")
     boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     documents = make_documents(boundaries, cp, rank)
@@ -75,9 +80,9 @@ def run_mixer(
                 k,
                 v,
                 slopes,
-                cu_seqlens=documents.cu_seqlens_q,
-                row=documents.context,
+                documents=documents,
                 group=group,
+                backend=backend,
             )
     elif documents.context is None:
         out = _one_rank_softmax(q, k, v, documents)
@@ -138,6 +143,20 @@ def test_outputs_and_gradients_equal_the_reference_on_one_rank(
                 reference = expected[case][name]
                 error = (tensor - reference).norm()
                 assert error <= TOLERANCE * reference.norm(), (case, name)
+
+
+def triton_cases() -> dict[str, dict[str, torch.Tensor]]:
+    names = ("one_document", "odd")
+    return {name: run_mixer("lightning", DOCUMENTS[name], backend="triton") for name in names}
+
+
+def test_states_pass_between_ranks_through_the_triton_kernels(on_ranks: OnRanks) -> None:
+    expected = on_ranks(1, run_cases, "lightning")[0]
+    for case, tensors in on_ranks(2, triton_cases)[0].items():
+        for name, tensor in tensors.items():
+            reference = expected[case][name]
+            error = (tensor.double() - reference).norm()
+            assert error <= TOLERANCE_FP32 * reference.norm(), (case, name)
 
 
 def disturb(mixer: str) -> list[dict[str, torch.Tensor]]:
@@ -206,8 +225,7 @@ def exchanged_bytes(tokens: int) -> dict[str, int]:
             k,
             v,
             torch.tensor([0.1]),
-            cu_seqlens=documents.cu_seqlens_q,
-            row=documents.context,
+            documents=documents,
             group=group,
         )
         out.sum().backward()

@@ -27,7 +27,7 @@ def tuned(
 
 def padded(size: int) -> int:
     """Return the block that holds `size` elements: a power of two, at least 16 (a dot's least)."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -134,6 +134,7 @@ def _states_kernel(
         stop = tl.minimum(start + CHUNK, num_tokens)
         rows = start + tl.arange(0, CHUNK)
         near = rows - start if REVERSE else stop - 1 - rows  # tokens to the exit of the chunk
+        document = rows * 0
         entry = tl.program_id(0) * 0
         leave = tl.program_id(0) * 0
         if MANY:
@@ -330,7 +331,7 @@ def make_states(
         **shared,
     )
     if segments > 1:
-        block = min(1024, triton.next_power_of_2(d * dv))
+        block = min(1024, padded(d * dv))
         _carry_kernel[(-(-d * dv // block), heads)](
             totals,
             row.slopes,
@@ -342,7 +343,7 @@ def make_states(
             heads,
             segments,
             chunks_per_segment * row.chunk_size,
-            BLOCK=block,
+            BLOCK=block,  # pyrefly: ignore[bad-argument-type]  -- a constexpr
             **shared,
         )
     return States(local, carried, chunks_per_segment), final

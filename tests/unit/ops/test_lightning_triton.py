@@ -1,5 +1,6 @@
 """The Triton kernels of lightning attention, interpreted, against the token recurrence."""
 
+import inspect
 from itertools import accumulate
 from typing import Any
 
@@ -74,14 +75,14 @@ def run(
 def triton(
     inputs: dict[str, Tensor], lengths: tuple[int, ...], **options: Any
 ) -> dict[str, Tensor]:
-    options = {"dtype": torch.float32, "output_final_state": True, "chunk_size": 32} | options
+    options = dict[str, Any](dtype=torch.float32, output_final_state=True, chunk_size=32) | options
     return run(lightning_attention, inputs, lengths, backend="triton", **options)
 
 
 def recurrent(
     inputs: dict[str, Tensor], lengths: tuple[int, ...], **options: Any
 ) -> dict[str, Tensor]:
-    options = {"dtype": torch.float64} | options
+    options = dict[str, Any](dtype=torch.float64) | options
     return run(lightning_attention_recurrent_reference, inputs, lengths, **options)
 
 
@@ -215,7 +216,7 @@ def test_wrong_inputs_are_refused(change: dict[str, Any], match: str) -> None:
     inputs: dict[str, Any] = {name: torch.zeros(6, 3, 8) for name in "qkv"}
     inputs |= {"slopes": torch.tensor(SLOPES), "cu_seqlens": torch.tensor([0, 6])}
     with pytest.raises(ValueError, match=match):
-        lightning_attention.__wrapped__(**(inputs | {"backend": "triton"} | change))
+        inspect.unwrap(lightning_attention)(**(inputs | {"backend": "triton"} | change))
 
 
 @pytest.mark.parametrize("backend", ["triton", "fla"])
