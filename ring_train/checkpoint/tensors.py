@@ -111,17 +111,21 @@ def held_state(
     written = _written(items, groups)
     optimized = _optimized(optimizer)
     for item in items:
-        entry = optimized.get(item.tensor)
+        entry = optimized.get(item.owner)
         if entry is None:
             continue
         is_written = id(item) in written
         if entry.is_sharded:
             is_written = not item.is_copy and _is_first_replica_over_tp(item, groups)
-        if entry.has_master:
-            yield _held("master", item, entry.main, entry.start, is_written=is_written)
-        for kind, values in moments.get(entry.main, {}).items():
-            if kind in MOMENTS:
-                yield _held(kind, item, values, entry.start, is_written=is_written)
+        kinds = {"master": entry.main} if entry.has_master else {}
+        kinds |= {k: v for k, v in moments.get(entry.main, {}).items() if k in MOMENTS}
+        # What this rank updates of the owner may begin and end anywhere within the item.
+        first = max(item.start, entry.start)
+        last = min(item.start + item.tensor.numel(), entry.start + entry.main.numel())
+        if first < last:
+            for kind, state in kinds.items():
+                values = state.detach().view(-1)[first - entry.start : last - entry.start]
+                yield _held(kind, item, values, first - item.start, is_written=is_written)
 
 
 def _held(

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from ring_train.model.experts import check_dispatcher
 from ring_train.model.init import initialise
 from ring_train.model.language_model import HybridLanguageModel
 from ring_train.model.lora import freeze_base
@@ -18,7 +19,11 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
 
     Parameters are created in the precision of the plan; buffers of the router stay fp32. With
     adapters everything else is frozen and has no gradient.
+
+    Raises:
+        PlanError: a library that the run needs is not installed.
     """
+    check_dispatcher(plan.config.kernels)
     config = make_transformer_config(plan)
     stages = range(plan.mesh.vpp) if plan.mesh.vpp > 1 else [None]
     chunks = [HybridLanguageModel(plan, config, groups, vp_stage) for vp_stage in stages]

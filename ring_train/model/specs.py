@@ -26,7 +26,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from ring_train.model.attention import DocumentAttention, GroupedQueryAttention
-from ring_train.model.experts import Experts, MixtureOfExperts
+from ring_train.model.experts import (
+    Experts,
+    GroupedExperts,
+    MixtureOfExperts,
+    are_grouped,
+)
 from ring_train.model.lightning import LightningAttention
 from ring_train.model.lora import column_parallel, row_parallel
 from ring_train.model.norm import RMSNorm
@@ -113,11 +118,16 @@ def dense_spec(plan: Plan, config: TransformerConfig) -> partial[MLP]:
 def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]:
     """Return the builder of the mixture of experts: router, experts, shared expert."""
     shared = plan.config.model.moe_shared_expert_intermediate_size
+    experts: Any = partial(Experts, submodules=_mlp_submodules(plan, "experts"))
+    if are_grouped(plan, config):
+        experts = GroupedExperts
     return partial(
         MixtureOfExperts,
         submodules=MoESubmodules(
-            router=partial(ExpertRouter, model=plan.config.model),
-            experts=partial(Experts, submodules=_mlp_submodules(plan, "experts")),
+            router=partial(
+                ExpertRouter, model=plan.config.model, backend=plan.config.kernels.fused.value
+            ),
+            experts=experts,
             shared_experts=(
                 partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))
                 if shared

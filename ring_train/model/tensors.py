@@ -3,6 +3,9 @@
 Everything that must not depend on the layout - initial weights, import, export, gradient
 comparison - goes through `local_tensors`: logical name (global layer and expert index), the local
 tensor, and the `Shard` that cuts it out of the full one. Names: see docs/architecture.md.
+
+Names and shapes do not depend on the kernels of a run either: of a parameter that stacks the
+matrices of several experts, each expert's matrix is a tensor of its own here, a view.
 """
 
 from __future__ import annotations
@@ -62,16 +65,33 @@ class LocalTensor:
     name: str
     """Logical name, the same under every layout."""
     tensor: torch.Tensor
-    """The parameter or buffer itself; write through it under no_grad."""
+    """The parameter or buffer itself, or a contiguous part of it; write through it under no_grad.
+    """
     shard: Shard
     """Its place in the full tensor."""
     is_copy: bool
     """True for the second copy of the embedding on the last stage."""
+    owner: torch.Tensor
+    """The parameter or buffer, which modules, gradients and optimizers know."""
+    start: int = 0
+    """First element of `tensor` within the flattened owner."""
 
     @property
     def full_shape(self) -> tuple[int, ...]:
         """Shape of the full tensor."""
         return self.shard.full_shape(self.tensor.shape)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it belongs to a parameter, not to a buffer."""
+        return isinstance(self.owner, torch.nn.Parameter)
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The gradient in DDP's buffer, fp32, of the shape of `tensor`; of a trained parameter."""
+        owner: Any = self.owner
+        flat = owner.main_grad.view(-1)[self.start : self.start + self.tensor.numel()]
+        return flat.view(self.tensor.shape)
 
 
 def local_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[LocalTensor]:
@@ -100,9 +120,28 @@ def _buffers(model: HybridLanguageModel, kind: str) -> Iterator[tuple[str, torch
 def _items(
     model: HybridLanguageModel, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[LocalTensor]:
-    for local_name, tensor in tensors:
-        name = _logical_name(model, local_name)
-        yield LocalTensor(name, tensor, _shard(model, name, tensor), _is_copy(model, name))
+    for local_name, owner in tensors:
+        start = 0
+        for part_name, tensor in _parts(local_name, owner):
+            name = _logical_name(model, part_name)
+            shard = _shard(model, name, owner, tensor.dim())
+            yield LocalTensor(name, tensor, shard, _is_copy(model, name), owner, start)
+            start += tensor.numel()
+
+
+STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
+"""Parameter of `GroupedExperts`, [e/ep, ...]: the projection of each expert that it stacks."""
+
+
+def _parts(name: str, owner: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name within the chunk, tensor) of what a parameter holds: itself, or its experts."""
+    head, _, tail = name.rpartition(".experts.")
+    projection = STACKED.get(tail) if head else None
+    if projection is None:
+        yield name, owner
+        return
+    for number, part in enumerate(owner.detach()):
+        yield f"{head}.experts.local_experts.{number}.{projection}.weight", part
 
 
 def _logical_name(model: HybridLanguageModel, name: str) -> str:
@@ -118,13 +157,17 @@ def _logical_name(model: HybridLanguageModel, name: str) -> str:
     return name
 
 
-def _shard(model: HybridLanguageModel, name: str, tensor: Any) -> Shard:
-    """Return how megatron cut a parameter; its tags lie on the tensor."""
+def _shard(model: HybridLanguageModel, name: str, owner: Any, dims: int) -> Shard:
+    """Return how megatron cut a parameter, or its parts of so many dimensions.
+
+    megatron's tags lie on the parameter; what it stacks has dimensions in front of those of a part.
+    """
     group = model.groups.expt_tp if ".experts." in name else model.groups.tp
-    if not getattr(tensor, "tensor_model_parallel", False) or group.size() == 1:
+    if not getattr(owner, "tensor_model_parallel", False) or group.size() == 1:
         return Shard(dim=0, world=1, rank=0)
     blocks = 2 if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")) else 1
-    return Shard(tensor.partition_dim, group.size(), group.rank(), blocks, group)
+    dim = owner.partition_dim - (owner.dim() - dims)
+    return Shard(dim, group.size(), group.rank(), blocks, group)
 
 
 def _is_copy(model: HybridLanguageModel, name: str) -> bool:

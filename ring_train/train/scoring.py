@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -148,10 +147,9 @@ def gradient_norms(
     norms: dict[str, float] = {}
     for item in local_tensors(model):
         reached = _mtp_depth(item.name) <= depths
-        if item.is_copy or not isinstance(item.tensor, torch.nn.Parameter) or not reached:
+        if item.is_copy or not item.is_parameter or not reached:
             continue
-        parameter: Any = item.tensor  # DDP sets main_grad
-        full = item.shard.gather(parameter.main_grad)
+        full = item.shard.gather(item.gradient)
         norms |= {name: float(grad.norm()) for name, grad in to_named(item.name, full).items()}
     gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, norms)

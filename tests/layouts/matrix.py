@@ -185,13 +185,12 @@ def run_layout(layout: Layout | None, variant: str) -> dict[str, Any]:
                 _complete_gradients(chunk)
         gradients, biases = {}, {}
         for item in local_tensors(model):
-            if isinstance(item.tensor, torch.nn.Parameter):
-                parameter: Any = item.tensor
-                gradients[item.name] = item.shard.gather(parameter.main_grad).clone()
+            if item.is_parameter:
+                gradients[item.name] = item.shard.gather(item.gradient).clone()
         rate = plan.config.model.moe_router_bias_update_rate
         loads = finish_router_step(model, groups.collection, rate)
         for item in local_tensors(model):
-            if not isinstance(item.tensor, torch.nn.Parameter):
+            if not item.is_parameter:
                 biases[item.name] = item.tensor.clone()
         return {
             "losses": [float(sums.lm_loss), *sums.mtp_means().tolist()],

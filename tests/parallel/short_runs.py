@@ -127,15 +127,12 @@ def gradients_by_name(
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
     """Return {logical name: full gradient} of what this rank holds a part of. Collective."""
-    import torch
-
     from ring_train.model.tensors import local_tensors
 
     gradients = {}
     for item in local_tensors(model):
-        if isinstance(item.tensor, torch.nn.Parameter):
-            parameter: Any = item.tensor
-            gradients[item.name] = item.shard.gather(parameter.main_grad).clone()
+        if item.is_parameter:
+            gradients[item.name] = item.shard.gather(item.gradient).clone()
     return gradients
 
 

@@ -63,4 +63,4 @@ def test_a_whole_tensor_needs_no_communication() -> None:
     shard = Shard(dim=0, world=1, rank=0)
     assert shard.gather(tensor) is tensor
     assert shard.of(tensor).equal(tensor)
-    assert LocalTensor("x", tensor, shard, is_copy=False).full_shape == (3,)
+    assert LocalTensor("x", tensor, shard, is_copy=False, owner=tensor).full_shape == (3,)
