@@ -1,16 +1,21 @@
-"""Norms: the order of rounding, groups, gates, and gradients."""
+"""Norms: the order of rounding, groups, gates, gradients, and the Triton kernels."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ring_train.ops.kernels import norm as kernels
 from ring_train.ops.norm import gated_group_norm, rms_norm
 
 EPS = 1e-6
 TIGHT_FP64 = 1e-12  # values up to 1e1, a few roundings of 1e-16
 ROUNDING_FP32 = 1e-6  # values up to 1e1, a few roundings of 6e-8 relative
+RELATIVE_FP32 = 1e-6  # of the largest value: a few roundings of 6e-8, sums of up to 100 terms
+RELATIVE_FP16 = 2e-3  # of the largest value: up to three roundings to 2^-11 each
+SAME_FRACTION = 0.999  # values equal bit by bit: rsqrt and sums may round otherwise, rarely
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -101,6 +106,100 @@ def test_groups_of_a_shard_equal_the_groups_of_the_whole() -> None:
     torch.testing.assert_close(torch.cat(shards, dim=-1), whole, rtol=0, atol=TIGHT_FP64)
 
 
+def run_norm(
+    shape: tuple[int, ...], num_groups: int | None, dtype: torch.dtype, backend: str
+) -> dict[str, Tensor]:
+    """Return output and gradients of the gated norm, or of rms_norm with None groups."""
+    leaves = {
+        "x": random(*shape, dtype=dtype),
+        "gate": 3 * random(*shape, dtype=dtype, seed=1),
+        "weight": random(shape[-1], dtype=dtype, seed=2),
+    }
+    if num_groups is None:
+        del leaves["gate"]
+        x, weight = (leaf.requires_grad_() for leaf in leaves.values())
+        output = rms_norm(x, weight, EPS, backend=backend)
+    else:
+        x, gate, weight = (leaf.requires_grad_() for leaf in leaves.values())
+        output = gated_group_norm(x, gate, weight, num_groups=num_groups, eps=EPS, backend=backend)
+    found = dict(zip(leaves, grads(output, *leaves.values()), strict=True))
+    return {"output": output.detach()} | {f"grad of {name}": x for name, x in found.items()}
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], relative: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, x in found.items():
+        assert x.shape == wanted[name].shape, name
+        error = (x.double() - wanted[name].double()).abs().max()
+        assert error <= relative * wanted[name].double().abs().max(), (name, float(error))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 24), (3, 2, 12), (2, 600), (70, 36)], ids=str)
+@pytest.mark.parametrize("num_groups", [None, 1, 2])
+def test_triton_norms_equal_torch_in_fp64(shape: tuple[int, ...], num_groups: int | None) -> None:
+    found = run_norm(shape, num_groups, torch.float32, "triton")
+    assert_close(found, run_norm(shape, num_groups, torch.float64, "torch"), RELATIVE_FP32)
+
+
+@pytest.mark.parametrize("num_groups", [None, 1, 3])
+def test_a_program_sums_over_blocks_of_rows(
+    num_groups: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORWARD_WARPS", "BACKWARD_WARPS"):
+        monkeypatch.setattr(kernels, name, 2 * (num_groups or 1))
+    monkeypatch.setattr(kernels, "BLOCK", 32)
+    found = run_norm((9, 48), num_groups, torch.float32, "triton")
+    assert_close(found, run_norm((9, 48), num_groups, torch.float64, "torch"), RELATIVE_FP32)
+
+
+@pytest.mark.parametrize("num_groups", [None, 4])
+def test_triton_norms_round_where_torch_does(num_groups: int | None) -> None:
+    found = run_norm((50, 64), num_groups, torch.float16, "triton")
+    wanted = run_norm((50, 64), num_groups, torch.float16, "torch")
+    assert (found["output"] == wanted["output"]).double().mean() >= SAME_FRACTION
+    assert {name: x.dtype for name, x in found.items()} == {n: x.dtype for n, x in wanted.items()}
+    assert_close(found, wanted, RELATIVE_FP16)
+
+
+def test_triton_norms_keep_the_dtype_of_their_input_beside_an_fp32_weight() -> None:
+    x, weight = random(4, 8, dtype=torch.float16), random(8, dtype=torch.float32)
+    for norm in (
+        lambda backend: rms_norm(x, weight, EPS, backend=backend),
+        lambda backend: gated_group_norm(x, x, weight, num_groups=2, eps=EPS, backend=backend),
+    ):
+        found, wanted = norm("triton"), norm("torch")
+        assert found.dtype == torch.float16
+        assert (found == wanted).double().mean() >= SAME_FRACTION
+
+
+def test_triton_norms_read_inputs_with_gaps() -> None:
+    x, gate = random(6, 16, dtype=torch.float32), random(6, 16, dtype=torch.float32, seed=1)
+    weight = random(16, dtype=torch.float32, seed=2)
+    found = gated_group_norm(
+        x[::2, ::2], gate[::2, 8:], weight[::2], num_groups=2, eps=EPS, backend="triton"
+    )
+    wanted = gated_group_norm(
+        x[::2, ::2], gate[::2, 8:], weight[::2], num_groups=2, eps=EPS, backend="torch"
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=ROUNDING_FP32)
+
+
+def test_triton_norms_of_no_rows_are_empty() -> None:
+    for num_groups in (None, 2):
+        found = run_norm((0, 8), num_groups, torch.float32, "triton")
+        assert found["output"].shape == (0, 8)
+        assert not found["grad of weight"].any()
+
+
+def test_triton_norms_keep_only_their_inputs() -> None:
+    kept: list[Tensor] = []
+    x, gate = random(4, 8, dtype=torch.float32), random(4, 8, dtype=torch.float32, seed=1)
+    weight = random(8, dtype=torch.float32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        gated_group_norm(x, gate, weight, num_groups=2, eps=EPS, backend="triton")
+    assert [y.data_ptr() for y in kept] == [y.data_ptr() for y in (x, gate, weight)]
+
+
 def test_wrong_inputs_are_refused() -> None:
     x, weight = random(5, 12), random(12)
     norm, group_norm = inspect.unwrap(rms_norm), inspect.unwrap(gated_group_norm)
@@ -113,3 +212,30 @@ def test_wrong_inputs_are_refused() -> None:
     for num_groups in (0, 5):
         with pytest.raises(ValueError, match="does not divide 12 channels"):
             group_norm(x, x, weight, num_groups=num_groups, eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"backend": "fla"}, "backend='fla' is unknown"),
+        ({"gate": torch.zeros(5, 12).half()}, "takes one dtype, cast the gate"),
+        ({"weight": torch.zeros(12, device="meta")}, "move them to one device"),
+        (
+            {"x": torch.zeros(5, 12).double(), "gate": torch.zeros(5, 12).double()},
+            "does not compute torch.float64",
+        ),
+        (
+            {
+                "x": torch.zeros(1, 16385),
+                "gate": torch.zeros(1, 16385),
+                "weight": torch.zeros(16385),
+            },
+            "takes up to 16384, choose backend='torch'",
+        ),
+    ],
+)
+def test_inputs_that_triton_cannot_norm_are_refused(change: dict[str, Any], match: str) -> None:
+    inputs: dict[str, Any] = {"x": torch.zeros(5, 12), "gate": torch.zeros(5, 12)}
+    inputs |= {"weight": torch.zeros(12), "num_groups": 1, "eps": EPS, "backend": "triton"}
+    with pytest.raises(ValueError, match=match):
+        inspect.unwrap(gated_group_norm)(**(inputs | change))
