@@ -17,7 +17,7 @@ _ALIGNMENT_BYTES = 16
 
 
 def grouped_linear(
-    x: Float[Tensor, "m k"], weight: Float[Tensor, "e n k"], counts: Int[Tensor, " e"]
+    x: Float[Tensor, "m k"], weight: Float[Tensor, "e n k_too"], counts: Int[Tensor, " e_too"]
 ) -> Float[Tensor, "m n"]:
     """Return x times the transposed matrix of its group; rows behind the last group are undefined.
 

@@ -10,7 +10,7 @@ from ring_train.ops.backends import resolve_backend
 
 
 def weighted_swiglu(
-    x: Float[Tensor, "m two_f"], weights: Float[Tensor, " m"], *, backend: str = "auto"
+    x: Float[Tensor, "m two_f"], weights: Float[Tensor, " m_too"], *, backend: str = "auto"
 ) -> Float[Tensor, "m f"]:
     """Return silu(gate) * up * weight in the dtype of `x`; differentiable in both arguments.
 
