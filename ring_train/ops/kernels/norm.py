@@ -52,6 +52,7 @@ def _forward_kernel(
         mask = (rows[:, None] < num_rows) & inside
         at = (rows.to(tl.int64)[:, None] * num_groups + group) * SIZE + channel[None, :]
         value = tl.load(x + at, mask, other=0.0).to(tl.float32)
+        opened = 1.0
         if GATED:
             opened = tl.sigmoid(tl.load(gate + at, mask, other=0.0).to(tl.float32))
         value *= tl.rsqrt(tl.sum(value * value, 1) / SIZE + eps)[:, None]
@@ -90,6 +91,7 @@ def _backward_kernel(
         at = (rows.to(tl.int64)[:, None] * num_groups + group) * SIZE + channel[None, :]
         value = tl.load(x + at, mask, other=0.0).to(tl.float32)
         given = tl.load(grad + at, mask, other=0.0).to(tl.float32)
+        opened = 1.0
         if GATED:
             opened = tl.sigmoid(tl.load(gate + at, mask, other=0.0).to(tl.float32))
         scale = tl.rsqrt(tl.sum(value * value, 1) / SIZE + eps)[:, None]
@@ -111,7 +113,7 @@ def normalise(
 ) -> Tensor:
     """Return `gated_group_norm`, or `rms_norm` without a gate, of rows x [t, m], all contiguous."""
     output = torch.empty_like(x)
-    programs, shape = _shape(x, num_groups, FORWARD_WARPS)
+    programs, shape = _shape(x, gate, num_groups, FORWARD_WARPS)
     _forward_kernel[(programs * num_groups,)](
         x,
         gate,
@@ -121,7 +123,6 @@ def normalise(
         num_groups,
         programs,
         eps,
-        GATED=gate is not None,
         **shape,
     )
     return output
@@ -133,7 +134,7 @@ def normalise_gradients(
     """Return the gradients of x, of the gate if there is one, and, in fp32, of the weight."""
     x_grad = torch.empty_like(x)
     gate_grad = None if gate is None else torch.empty_like(x)
-    programs, shape = _shape(x, num_groups, BACKWARD_WARPS)
+    programs, shape = _shape(x, gate, num_groups, BACKWARD_WARPS)
     sums = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     _backward_kernel[(programs * num_groups,)](
         x,
@@ -147,18 +148,20 @@ def normalise_gradients(
         num_groups,
         programs,
         eps,
-        GATED=gate is not None,
         **shape,
     )
     return x_grad, gate_grad, sums.sum(0)
 
 
-def _shape(x: Tensor, num_groups: int, all_warps: int) -> tuple[int, dict[str, Any]]:
-    """Return the programs of each group, and what both kernels are compiled for."""
+def _shape(
+    x: Tensor, gate: Tensor | None, num_groups: int, all_warps: int
+) -> tuple[int, dict[str, Any]]:
+    """Return the programs of each group, and what a kernel is compiled for."""
     size = x.shape[1] // num_groups
-    block = triton.next_power_of_2(size)
+    block = 1 << (size - 1).bit_length()
     rows = max(1, BLOCK // block)
     # A thread has 16 elements of each tensor, until 32 warps cannot hold so few.
     warps = min(32, max(1, block // BLOCK))
-    programs = min(triton.cdiv(x.shape[0], rows), triton.cdiv(all_warps, num_groups * warps))
-    return max(1, programs), {"SIZE": size, "BLOCK": block, "ROWS": rows, "num_warps": warps}
+    programs = max(1, min(-(-x.shape[0] // rows), -(-all_warps // (num_groups * warps))))
+    shape = {"SIZE": size, "BLOCK": block, "ROWS": rows, "num_warps": warps}
+    return programs, shape | {"GATED": gate is not None}

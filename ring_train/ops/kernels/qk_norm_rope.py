@@ -9,6 +9,7 @@ and with them rounding, are the same on every rank and device, whatever a clock 
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -133,6 +134,7 @@ def _forward_kernel(
         cos_low, cos_high = _angles(cos, rows, half, num_tokens, DTYPE, HALF)
         sin_low, sin_high = _angles(sin, rows, half, num_tokens, DTYPE, HALF)
         out = tl.where(is_query, q, k)
+        w_low, w_high, w_rest = 1.0, 1.0, 1.0
         if HAS_NORM:
             weight = tl.where(is_query, q_weight, k_weight)
             w_low, w_high = _weights(weight, half, HALF), _weights(weight + HALF, half, HALF)
@@ -141,24 +143,20 @@ def _forward_kernel(
             x_at = qkv + _slot(head, heads_per_group, is_query, is_value) * D
             low = _load(x_at, rows, stride, half, num_tokens, HALF, SILU)
             high = _load(x_at + HALF, rows, stride, half, num_tokens, HALF, SILU)
-            if REST > 0:
-                tail = _load(x_at + 2 * HALF, rows, stride, rest, num_tokens, REST, SILU)
+            tail = _load(x_at + 2 * HALF, rows, stride, rest, num_tokens, REST, SILU)
             if HAS_NORM:
                 square = tl.sum(low * low + high * high, 1)
-                if REST > 0:
-                    square += tl.sum(tail * tail, 1)
+                square += tl.sum(tail * tail, 1)
                 scale = tl.rsqrt(square / D + eps)[:, None]
                 low = _rounded(_rounded(low * scale, DTYPE) * w_low, DTYPE)
                 high = _rounded(_rounded(high * scale, DTYPE) * w_high, DTYPE)
-                if REST > 0:
-                    tail = _rounded(tail * scale, DTYPE) * w_rest
+                tail = _rounded(tail * scale, DTYPE) * w_rest
             turned = _rounded(low * cos_low, DTYPE) - _rounded(high * sin_low, DTYPE)
             other = _rounded(high * cos_high, DTYPE) + _rounded(low * sin_high, DTYPE)
             out_at = out + head * D
             _store(out_at, rows, out_stride, half, num_tokens, turned, HALF)
             _store(out_at + HALF, rows, out_stride, half, num_tokens, other, HALF)
-            if REST > 0:
-                _store(out_at + 2 * HALF, rows, out_stride, rest, num_tokens, tail, REST)
+            _store(out_at + 2 * HALF, rows, out_stride, rest, num_tokens, tail, REST)
 
 
 @triton.jit
@@ -209,13 +207,14 @@ def _backward_kernel(
     else:
         half, rest = tl.arange(0, BLOCK_HALF), tl.arange(0, BLOCK_REST)
         given_at = tl.where(is_query, q_grad, k_grad)
+        w_low, w_high, w_rest = 1.0, 1.0, 1.0
+        sum_low = tl.zeros((ROWS, BLOCK_HALF), tl.float32)
+        sum_high = tl.zeros((ROWS, BLOCK_HALF), tl.float32)
+        sum_rest = tl.zeros((ROWS, BLOCK_REST), tl.float32)
         if HAS_NORM:
             weight = tl.where(is_query, q_weight, k_weight)
             w_low, w_high = _weights(weight, half, HALF), _weights(weight + HALF, half, HALF)
             w_rest = _weights(weight + 2 * HALF, rest, REST)
-            sum_low = tl.zeros((ROWS, BLOCK_HALF), tl.float32)
-            sum_high = tl.zeros((ROWS, BLOCK_HALF), tl.float32)
-            sum_rest = tl.zeros((ROWS, BLOCK_REST), tl.float32)
         for block in range(program, num_blocks, num_programs):
             rows = block * ROWS + tl.arange(0, ROWS)
             cos_low, cos_high = _angles(cos, rows, half, num_tokens, DTYPE, HALF)
@@ -227,47 +226,41 @@ def _backward_kernel(
                 other = _load(out_at + HALF, rows, out_stride, half, num_tokens, HALF, False)
                 low = turned * cos_low + other * sin_high
                 high = other * cos_high - turned * sin_low
-                if REST > 0:
-                    tail = _load(out_at + 2 * HALF, rows, out_stride, rest, num_tokens, REST, False)
+                tail = _load(out_at + 2 * HALF, rows, out_stride, rest, num_tokens, REST, False)
                 if HAS_NORM:
                     x_at = qkv + at
                     x_low = _load(x_at, rows, stride, half, num_tokens, HALF, SILU)
                     x_high = _load(x_at + HALF, rows, stride, half, num_tokens, HALF, SILU)
                     square = tl.sum(x_low * x_low + x_high * x_high, 1)
-                    if REST > 0:
-                        x_rest = _load(x_at + 2 * HALF, rows, stride, rest, num_tokens, REST, SILU)
-                        square += tl.sum(x_rest * x_rest, 1)
+                    x_rest = _load(x_at + 2 * HALF, rows, stride, rest, num_tokens, REST, SILU)
+                    square += tl.sum(x_rest * x_rest, 1)
                     scale = tl.rsqrt(square / D + eps)[:, None]
                     x_low, x_high = x_low * scale, x_high * scale
                     sum_low += low * x_low
                     sum_high += high * x_high
                     low, high = low * w_low, high * w_high
                     along = tl.sum(low * x_low + high * x_high, 1)
-                    if REST > 0:
-                        x_rest = x_rest * scale
-                        sum_rest += tail * x_rest
-                        tail = tail * w_rest
-                        along += tl.sum(tail * x_rest, 1)
+                    x_rest = x_rest * scale
+                    sum_rest += tail * x_rest
+                    tail = tail * w_rest
+                    along += tl.sum(tail * x_rest, 1)
                     along = (along / D)[:, None]
                     low, high = scale * (low - x_low * along), scale * (high - x_high * along)
-                    if REST > 0:
-                        tail = scale * (tail - x_rest * along)
+                    tail = scale * (tail - x_rest * along)
                 if SILU:
                     low *= _silu_slope(qkv + at, rows, stride, half, num_tokens, HALF)
                     high *= _silu_slope(qkv + at + HALF, rows, stride, half, num_tokens, HALF)
                 _store(grad + at, rows, stride, half, num_tokens, low, HALF)
                 _store(grad + at + HALF, rows, stride, half, num_tokens, high, HALF)
-                if REST > 0:
-                    rest_at = at + 2 * HALF
-                    if SILU:
-                        tail *= _silu_slope(qkv + rest_at, rows, stride, rest, num_tokens, REST)
-                    _store(grad + rest_at, rows, stride, rest, num_tokens, tail, REST)
+                rest_at = at + 2 * HALF
+                if SILU:
+                    tail *= _silu_slope(qkv + rest_at, rows, stride, rest, num_tokens, REST)
+                _store(grad + rest_at, rows, stride, rest, num_tokens, tail, REST)
         if HAS_NORM:
             sums = weight_sums + tl.program_id(0).to(tl.int64) * D
             tl.store(sums + half, tl.sum(sum_low, 0), half < HALF)
             tl.store(sums + HALF + half, tl.sum(sum_high, 0), half < HALF)
-            if REST > 0:
-                tl.store(sums + 2 * HALF + rest, tl.sum(sum_rest, 0), rest < REST)
+            tl.store(sums + 2 * HALF + rest, tl.sum(sum_rest, 0), rest < REST)
 
 
 def split_heads(
@@ -282,10 +275,9 @@ def split_heads(
     """Return q [t, n, d], k [t, g, d] and v [t, g, d]; arguments as in the op, contiguous."""
     t, groups, slots, d = qkv.shape
     q, k, v = (qkv.new_empty(t, heads, d) for heads in (groups * (slots - 2), groups, groups))
-    shape = _shape(qkv, cos)
     chunks = sum(_chunks(qkv))
     if t:
-        _forward_kernel[(triton.cdiv(t, ROWS) * chunks,)](
+        _forward_kernel[(-(-t // ROWS) * chunks,)](
             qkv,
             *(weights or (None, None)),
             cos,
@@ -298,9 +290,7 @@ def split_heads(
             slots - 2,
             chunks,
             eps,
-            HAS_NORM=weights is not None,
-            SILU=silu,
-            **shape,
+            **_shape(qkv, cos, weights, silu),
         )
     return q, k, v
 
@@ -319,11 +309,12 @@ def join_gradients(
     t, groups, slots, d = qkv.shape
     q_chunks, k_chunks, v_chunks = _chunks(qkv)
     chunks = q_chunks + k_chunks + v_chunks
-    programs = max(1, min(triton.cdiv(t, ROWS), triton.cdiv(PROGRAMS, chunks)))
+    programs = max(1, min(-(-t // ROWS), -(-PROGRAMS // chunks)))
+    limit: dict[str, Any] = {"maxnreg": MAX_REGISTERS} if d <= 128 else {}
     grad = qkv.new_empty(qkv.shape)
     sums = None
     if weights is not None:
-        sums = qkv.new_empty(programs, chunks, d, dtype=cos.dtype)
+        sums = qkv.new_empty(programs, chunks, d, dtype=torch.float32)
     _backward_kernel[(programs * chunks,)](
         qkv,
         *(weights or (None, None)),
@@ -338,10 +329,8 @@ def join_gradients(
         chunks,
         programs,
         eps,
-        HAS_NORM=weights is not None,
-        SILU=silu,
-        maxnreg=MAX_REGISTERS if d <= 128 else None,
-        **_shape(qkv, cos),
+        **_shape(qkv, cos, weights, silu),
+        **limit,
     )
     if sums is None:
         return grad, None
@@ -352,11 +341,14 @@ def join_gradients(
 def _chunks(qkv: Tensor) -> tuple[int, int, int]:
     """Return the programs that a block of tokens needs for queries, keys and values."""
     groups, slots = qkv.shape[1:3]
-    keys = triton.cdiv(groups, HEADS)
-    return triton.cdiv(groups * (slots - 2), HEADS), keys, keys
+    keys = -(-groups // HEADS)
+    return -(-groups * (slots - 2) // HEADS), keys, keys
 
 
-def _shape(qkv: Tensor, cos: Tensor) -> dict[str, Any]:
+def _shape(
+    qkv: Tensor, cos: Tensor, weights: tuple[Tensor, Tensor] | None, silu: bool
+) -> dict[str, Any]:
+    """Return what both kernels are compiled for."""
     d, half = qkv.shape[3], cos.shape[1] // 2
     return {
         "D": d,
@@ -366,5 +358,7 @@ def _shape(qkv: Tensor, cos: Tensor) -> dict[str, Any]:
         "BLOCK_REST": triton.next_power_of_2(max(1, d - 2 * half)),
         "ROWS": ROWS,
         "HEADS": HEADS,
+        "HAS_NORM": weights is not None,
+        "SILU": silu,
         "num_warps": WARPS,
     }
