@@ -28,6 +28,7 @@ from ring_train.model.norm import RMSNorm
 from ring_train.model.specs import make_layer_spec
 from ring_train.ops.rope import rotary_angles
 from ring_train.plan import Phase, Plan
+from ring_train.plan.kernels import keeps_all_logits
 
 
 class PackedTokens(Protocol):
@@ -231,7 +232,15 @@ class HybridLanguageModel(MegatronModule):
         return self.embedding(tokens[None], None)
 
     def token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return -log p(label) [t] fp32 of hidden states [t/sp, 1, h] and labels [t]."""
+        """Return -log p(label) [t] fp32 (fp64) of hidden states [t/sp, 1, h] and labels [t]."""
+        kernels = self.plan.config.kernels
+        if not keeps_all_logits(self.plan.config, len(labels)):
+            return self.output_layer.chunked_losses(
+                hidden,
+                labels,
+                num_tokens=kernels.cross_entropy_chunk_tokens,
+                backend=kernels.fused.value,
+            )
         logits, _ = self.output_layer(hidden)  # [t, 1, v/tp]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = tensor_parallel.vocab_parallel_cross_entropy(
