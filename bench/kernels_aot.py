@@ -314,12 +314,8 @@ def lightning(target: Target, dtype: Any, many: bool, states: bool) -> None:
         initial = empty(len(boundaries) - 1, NUM_HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float32)
     before, final = make_states(k, v, row, initial=initial, with_final=states, reverse=False)
     make_output(q, k, v, row, before, initial=initial)
-    make_gradients(
-        *(q, k, v, grad, row, before),
-        initial=initial,
-        final_grad=final,
-        with_initial_grad=states,
-    )
+    inputs = (q, k, v, initial)
+    make_gradients(inputs, grad, row, before, final_grad=final, with_initial_grad=states)
 
 
 FAMILIES: dict[str, Callable[[Target], dict[str, Callable[[], None]]]] = {

@@ -59,15 +59,12 @@ def context_lightning_attention(
     )  # [own, n/tp, d, dv]
     if lightning_backend(backend, query) != "torch":
         # Kernels read the states themselves, and round the output once.
-        firsts = torch.tensor([0, *accumulate(len(pieces) for pieces in row.pieces)][:-1])
-        before = incoming.new_zeros(len(row.lengths), *incoming.shape[1:], dtype=torch.float32)
-        before = before.index_copy(0, firsts.to(before.device), incoming.float())
         output, _ = lightning_attention(
             *(query, key, value, slopes),
             cu_seqlens=documents.cu_seqlens_q,
             lengths=row.lengths,
             scale=scale,
-            initial_state=before,
+            initial_state=_initial_states(incoming, row),
             backend=backend,
         )
         return output
@@ -86,6 +83,13 @@ def context_lightning_attention(
         parts[number] = parts[number] + read_state(queries[number] * scale, state, rates)
         number += len(pieces)
     return torch.cat(parts).to(query.dtype)
+
+
+def _initial_states(incoming: torch.Tensor, row: ContextRow) -> torch.Tensor:
+    """Return [pieces, n/tp, d, dv] fp32: the incoming state of each first piece, zeros else."""
+    firsts = [0, *accumulate(len(pieces) for pieces in row.pieces)][:-1]
+    states = incoming.new_zeros(len(row.lengths), *incoming.shape[1:], dtype=torch.float32)
+    return states.index_copy(0, torch.tensor(firsts, device=states.device), incoming.float())
 
 
 def context_softmax_attention(

@@ -111,13 +111,10 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     q, k, v, initial, local, carried = ctx.saved_tensors
     return make_gradients(
-        q,
-        k,
-        v,
+        (q, k, v, initial),
         grad.contiguous(),
         ctx.row,
         States(local, carried, ctx.chunks_per_segment),
-        initial=initial,
         final_grad=None if final_grad is None else final_grad.float().contiguous(),
         with_initial_grad=initial is not None and ctx.needs_input_grad[3],
     )

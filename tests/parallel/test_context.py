@@ -64,9 +64,8 @@ def run_mixer(
         for tensor in row.values():
             tensor[start : start + lengths[disturbed]] *= -3
     ranges = own_tokens(TOKENS, cp, rank)
-    own = {name: torch.cat([x[a:b] for a, b in ranges]) for name, x in row.items()}
-    if backend == "triton":
-        own = {name: x.float() for name, x in own.items()}
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    own = {name: torch.cat([x[a:b] for a, b in ranges]).to(dtype) for name, x in row.items()}
     q, k, v = (own[name].requires_grad_() for name in "qkv")
     boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     documents = make_documents(boundaries, cp, rank)
@@ -76,13 +75,7 @@ def run_mixer(
             out = _one_rank_lightning(q, k, v, slopes, documents)
         else:
             out = context_lightning_attention(
-                q,
-                k,
-                v,
-                slopes,
-                documents=documents,
-                group=group,
-                backend=backend,
+                *(q, k, v, slopes), documents=documents, group=group, backend=backend
             )
     elif documents.context is None:
         out = _one_rank_softmax(q, k, v, documents)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_train.ops.kernels.launching import dot_precision, padded, tuned
-from ring_train.ops.kernels.lightning_states import Row, States
+from ring_train.ops.kernels.lightning_states import Row, States, strides
 from ring_train.ops.kernels.lightning_tiles import (
     boundary_weight,
     carried_weight,
@@ -121,23 +121,8 @@ def make_output(
     dv = v.shape[2]
     output = q.new_empty(num_tokens, heads, dv)
     _output_kernel[(heads, row.num_blocks(num_tokens))](
-        q,
-        k,
-        v,
-        row.slopes,
-        row.documents,
-        row.boundaries,
-        initial,
-        states.local,
-        states.carried,
-        output,
-        num_tokens,
-        heads,
-        states.chunks_per_segment,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        row.scale,
+        *(q, k, v, *row.tensors, initial, states.local, states.carried, output),
+        *(num_tokens, heads, states.chunks_per_segment, *strides(q, k, v), row.scale),
         D=d,
         DV=dv,
         BLOCK_D=padded(d),

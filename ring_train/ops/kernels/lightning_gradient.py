@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_train.ops.kernels.launching import dot_precision, padded, tuned
-from ring_train.ops.kernels.lightning_states import Row, States, make_states
+from ring_train.ops.kernels.lightning_states import Row, States, make_states, strides
 from ring_train.ops.kernels.lightning_tiles import (
     boundary_weight,
     carried_weight,
@@ -191,30 +191,25 @@ def _gradient_kernel(
 
 
 def make_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
     grad: Tensor,
     row: Row,
     states: States,
     *,
-    initial: Tensor | None,
     final_grad: Tensor | None,
     with_initial_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k, v and of the initial states (fp32, or None).
 
     Args:
-        q: queries, see `make_states`.
-        k: keys.
-        v: values.
+        inputs: queries, keys, values and initial states (or None) of the forward pass.
         grad: [t, n, dv] of the output, contiguous, in the dtype of `q`.
         row: see `make_states`.
         states: of the forward pass.
-        initial: of the forward pass.
         final_grad: of the final states, fp32 and contiguous.
         with_initial_grad: whether that of the initial states is wanted.
     """
+    q, k, v, initial = inputs
     num_tokens, heads, d = q.shape
     dv = v.shape[2]
     after, first = make_states(
@@ -222,32 +217,10 @@ def make_gradients(
     )
     q_grad, k_grad = q.new_empty(2, num_tokens, heads, d).unbind()
     v_grad = v.new_empty(num_tokens, heads, dv)
-    _gradient_kernel[
-        (heads, -(-num_tokens // row.chunk_size) * (row.chunk_size // row.block_rows))
-    ](
-        q,
-        k,
-        v,
-        grad,
-        row.slopes,
-        row.documents,
-        row.boundaries,
-        initial,
-        final_grad,
-        states.local,
-        states.carried,
-        after.local,
-        after.carried,
-        q_grad,
-        k_grad,
-        v_grad,
-        num_tokens,
-        heads,
-        states.chunks_per_segment,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        row.scale,
+    _gradient_kernel[(heads, row.num_blocks(num_tokens))](
+        *(q, k, v, grad, *row.tensors, initial, final_grad),
+        *(states.local, states.carried, after.local, after.carried, q_grad, k_grad, v_grad),
+        *(num_tokens, heads, states.chunks_per_segment, *strides(q, k, v), row.scale),
         D=d,
         DV=dv,
         BLOCK_D=padded(d),

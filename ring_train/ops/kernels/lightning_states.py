@@ -58,6 +58,11 @@ class Row(NamedTuple):
     """Tokens, a power of two from 16."""
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What kernels take first."""
+        return self.slopes, self.documents, self.boundaries
+
+    @property
     def block_rows(self) -> int:
         """Tokens of one program of pass 2: two make a chunk, to keep registers and occupancy."""
         return max(16, self.chunk_size // 2)
@@ -75,6 +80,11 @@ class States(NamedTuple):
     carried: Tensor | None
     """[segments, n, d, dv] state before each segment; None for one segment."""
     chunks_per_segment: int
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of tokens and heads of each [t, n, d] tensor, whose channels touch."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def chunk_size_for(x: Tensor) -> int:
@@ -259,6 +269,13 @@ def _carry_kernel(
         )
 
 
+def _segments(chunks: int, programs: int) -> tuple[int, int]:
+    """Return (segments, chunks of each) that make enough of so many programs a segment."""
+    wanted = min(chunks, -(-PROGRAMS // programs))
+    chunks_per_segment = -(-chunks // wanted)
+    return -(-chunks // chunks_per_segment), chunks_per_segment
+
+
 def make_states(
     a: Tensor,
     b: Tensor,
@@ -280,25 +297,19 @@ def make_states(
             first token of each, which its initial state decays once more to.
         reverse: from the end of the row to its start.
     """
-    num_tokens, heads, d = a.shape
-    dv = b.shape[2]
-    block_d = padded(d)
+    (num_tokens, heads, d), dv = a.shape, b.shape[2]
     block_v = min(padded(dv), 64)
     columns = -(-dv // block_v)
     chunks = -(-num_tokens // row.chunk_size)
-    segments = min(chunks, -(-PROGRAMS // (heads * columns)))
-    chunks_per_segment = -(-chunks // segments)
-    segments = -(-chunks // chunks_per_segment)
+    segments, chunks_per_segment = _segments(chunks, heads * columns)
     state_dtype = torch.bfloat16 if a.dtype == torch.bfloat16 else torch.float32
     local = a.new_empty(chunks, heads, d, dv, dtype=state_dtype)
     totals = carried = final = None
     if segments > 1:
         totals = a.new_empty(segments, heads, d, dv, dtype=torch.float32)
         carried = torch.empty_like(totals, dtype=state_dtype)
-    if with_final:
-        assert row.boundaries is not None
-        documents = row.boundaries.shape[0] - 1
-        final = a.new_empty(documents, heads, d, dv, dtype=torch.float32)
+    if with_final and row.boundaries is not None:
+        final = a.new_empty(len(row.boundaries) - 1, heads, d, dv, dtype=torch.float32)
     shared: dict[str, Any] = {
         "D": d,
         "DV": dv,
@@ -307,23 +318,10 @@ def make_states(
         "HAS_FINAL": with_final,
     }
     _states_kernel[(segments, columns, heads)](
-        a,
-        b,
-        row.slopes,
-        row.documents,
-        row.boundaries,
-        initial,
-        local,
-        totals,
-        final,
-        num_tokens,
-        heads,
-        chunks,
-        chunks_per_segment,
-        *a.stride()[:2],
-        *b.stride()[:2],
+        *(a, b, *row.tensors, initial, local, totals, final),
+        *(num_tokens, heads, chunks, chunks_per_segment, *strides(a, b)),
         row.scale if reverse else 1.0,
-        BLOCK_D=block_d,
+        BLOCK_D=padded(d),
         BLOCK_V=block_v,
         CHUNK=row.chunk_size,
         HAS_INITIAL=initial is not None,
@@ -331,19 +329,10 @@ def make_states(
         **shared,
     )
     if segments > 1:
-        block = min(1024, padded(d * dv))
-        _carry_kernel[(-(-d * dv // block), heads)](
-            totals,
-            row.slopes,
-            row.documents,
-            row.boundaries,
-            carried,
-            final,
-            num_tokens,
-            heads,
-            segments,
-            chunks_per_segment * row.chunk_size,
-            BLOCK=block,  # pyrefly: ignore[bad-argument-type]  -- a constexpr
+        shared["BLOCK"] = min(1024, padded(d * dv))
+        _carry_kernel[(-(-d * dv // shared["BLOCK"]), heads)](
+            *(totals, *row.tensors, carried, final),
+            *(num_tokens, heads, segments, chunks_per_segment * row.chunk_size),
             **shared,
         )
     return States(local, carried, chunks_per_segment), final
