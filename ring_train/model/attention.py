@@ -13,14 +13,48 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ring_train.config import KernelsConfig
 from ring_train.model.context import context_softmax_attention
 from ring_train.model.decoding import KeyValueCache
 from ring_train.model.documents import Documents
 from ring_train.ops.attention import document_attention
-from ring_train.ops.rope import apply_partial_rope
+from ring_train.ops.qk_norm_rope import split_qk_norm_rope
+
+
+def split_heads(
+    attention: SelfAttention,
+    hidden_states: torch.Tensor,
+    rotary_pos_emb: torch.Tensor,
+    *,
+    silu: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query [t/cp, n/tp, d], key and value [t/cp, g/tp, d] of an attention, ready to attend.
+
+    Args:
+        attention: its `linear_qkv`, and its `HeadNorm`s if it has them.
+        hidden_states: [t/cp/sp, 1, h], normalised block input.
+        rotary_pos_emb: [2, t/cp, rotary_dim] fp32.
+        silu: as in `split_qk_norm_rope`.
+        backend: as in `split_qk_norm_rope`.
+    """
+    mixer: Any = attention  # megatron types its modules by the arguments of its own forward
+    qkv, _ = mixer.linear_qkv(hidden_states)  # [t/cp, 1, (n + 2*g)*d/tp]
+    groups, d = mixer.num_query_groups_per_partition, mixer.hidden_size_per_attention_head
+    norms = mixer.q_layernorm, mixer.k_layernorm
+    cos, sin = rotary_pos_emb
+    return split_qk_norm_rope(
+        qkv.view(qkv.shape[0], groups, -1, d),
+        None if None in norms else (norms[0](), norms[1]()),
+        cos,
+        sin,
+        eps=mixer.config.layernorm_epsilon,
+        silu=silu,
+        backend=backend,
+    )
 
 
 class DocumentAttention(torch.nn.Module):
@@ -57,11 +91,29 @@ class DocumentAttention(torch.nn.Module):
 
 
 class GroupedQueryAttention(SelfAttention):
-    """GQA with QK-norm before partial RoPE (model-spec 2.1); documents never see each other."""
+    """GQA with QK-norm before partial RoPE (model-spec 2.1); documents never see each other.
+
+    Args:
+        config: megatron's config of the model.
+        submodules: projections, norms and core attention.
+        layer_number: 1-based, global.
+        kernels: the kernels node.
+    """
 
     # megatron types these by the arguments that its own forward passes.
     core_attention: Any
     linear_proj: Any
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        kernels: KernelsConfig,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.fused = kernels.fused.value
 
     def forward(  # pyrefly: ignore[bad-override]  # inference arguments do not apply here
         self,
@@ -81,17 +133,12 @@ class GroupedQueryAttention(SelfAttention):
         """
         assert rotary_pos_emb is not None
         assert packed_seq_params is not None
-        qkv: tuple[Any, ...] = self.get_query_key_value_tensors(hidden_states)
-        query, key, value = qkv  # [t/cp, 1, n/tp, d], [t/cp, 1, g/tp, d] twice
-        cos, sin = rotary_pos_emb
-        query = apply_partial_rope(query.squeeze(1), cos, sin)  # [t/cp, n/tp, d]
-        key = apply_partial_rope(key.squeeze(1), cos, sin)  # [t/cp, g/tp, d]
+        inputs = split_heads(self, hidden_states, rotary_pos_emb, silu=False, backend=self.fused)
         core = partial(self.core_attention, documents=packed_seq_params)
         if packed_seq_params.decoding is not None:
             cache: KeyValueCache = packed_seq_params.decoding.caches[self.layer_number]
             scale = self.core_attention.scale
             core = partial(cache.attend, documents=packed_seq_params, scale=scale)
-        inputs = query, key, value.squeeze(1)
         if self.checkpoint_core_attention and self.training:
             out = checkpoint(core, False, *inputs)
         else:

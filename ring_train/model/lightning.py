@@ -19,13 +19,13 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.config import KernelsConfig, ModelConfig
+from ring_train.model.attention import split_heads
 from ring_train.model.context import context_lightning_attention
 from ring_train.model.decoding import StateCache
 from ring_train.model.documents import Documents
 from ring_train.model.norm import GatedGroupNorm
 from ring_train.ops.decay import decay_slopes
 from ring_train.ops.lightning import lightning_attention
-from ring_train.ops.rope import apply_partial_rope
 
 
 class LightningAttention(SelfAttention):
@@ -42,10 +42,7 @@ class LightningAttention(SelfAttention):
     """
 
     # megatron types these by the arguments that its own forward passes.
-    linear_qkv: Any
     linear_proj: Any
-    q_layernorm: Any
-    k_layernorm: Any
     linear_gate: Any
 
     def __init__(
@@ -65,7 +62,7 @@ class LightningAttention(SelfAttention):
         tp_rank, tp = pg_collection.tp.rank(), pg_collection.tp.size()
         heads = model.num_attention_heads // tp
         self.silu = model.linear_silu
-        self.backend = kernels.lightning.value
+        self.backend, self.fused = kernels.lightning.value, kernels.fused.value
         self.cp_group = pg_collection.cp
         assert config.init_method is not None
         self.linear_gate = linear_gate(
@@ -81,7 +78,7 @@ class LightningAttention(SelfAttention):
             tp_group=pg_collection.tp,
         )
         self.gate_norm = GatedGroupNorm(
-            config, heads * model.kv_channels, model.group_norm_size // tp
+            config, heads * model.kv_channels, model.group_norm_size // tp, self.fused
         )
         slopes = decay_slopes(
             model.num_attention_heads,
@@ -105,16 +102,10 @@ class LightningAttention(SelfAttention):
         """Return (output [t/cp/sp, 1, h], None); arguments as in `GroupedQueryAttention`."""
         assert rotary_pos_emb is not None
         assert packed_seq_params is not None
-        qkv, _ = self.linear_qkv(hidden_states)  # [t/cp, 1, 3*n*d/tp]
-        if self.silu:
-            qkv = torch.nn.functional.silu(qkv)
-        qkv = qkv.view(qkv.shape[0], -1, 3, self.hidden_size_per_attention_head)
-        query, key, value = qkv.unbind(2)  # [t/cp, n/tp, d]
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        cos, sin = rotary_pos_emb
+        inputs = split_heads(
+            self, hidden_states, rotary_pos_emb, silu=self.silu, backend=self.fused
+        )  # query, key, value [t/cp, n/tp, d]
         core = partial(self._attend, documents=packed_seq_params)
-        inputs = apply_partial_rope(query, cos, sin), apply_partial_rope(key, cos, sin), value
         if self.checkpoint_core_attention and self.training:
             out: Any = checkpoint(core, False, *inputs)
         else:

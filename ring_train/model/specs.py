@@ -34,7 +34,7 @@ from ring_train.model.experts import (
 )
 from ring_train.model.lightning import LightningAttention
 from ring_train.model.lora import column_parallel, row_parallel
-from ring_train.model.norm import RMSNorm
+from ring_train.model.norm import HeadNorm, RMSNorm
 from ring_train.model.router import ExpertRouter
 from ring_train.plan import Plan
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
@@ -76,7 +76,7 @@ def _builder(path: str) -> SpecBuilder:
 
 
 def _attention_submodules(plan: Plan) -> SelfAttentionSubmodules:
-    norm = RMSNorm if plan.config.model.qk_layernorm else None
+    norm: Any = HeadNorm if plan.config.model.qk_layernorm else None
     core: Any = DocumentAttention  # its forward takes Documents, not megatron's arguments
     return SelfAttentionSubmodules(
         linear_qkv=column_parallel(plan, "linear_qkv"),
@@ -91,7 +91,7 @@ def gqa_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
     """Return the spec of softmax grouped-query attention."""
     return ModuleSpec(
         module=GroupedQueryAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "kernels": plan.config.kernels},
         submodules=_attention_submodules(plan),
     )
 
