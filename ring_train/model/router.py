@@ -19,12 +19,15 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_train.config import ModelConfig
+from ring_train.ops.backends import resolve_backend
 from ring_train.ops.router import (
+    RoutingRule,
     expert_bias_update,
     expert_scores,
     relative_load,
+    router_logits,
+    routing,
     routing_margin,
-    topk_routing,
     z_loss_sum,
 )
 
@@ -55,9 +58,10 @@ class ExpertRouter(Router):
         pg_collection: ProcessGroupCollection,
         model: ModelConfig,
         is_mtp_layer: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.model = model
+        self.model, self.backend = model, backend
         experts = config.num_moe_experts or 0
         bias = torch.zeros(experts) if model.moe_router_enable_expert_bias else None
         load = torch.ones(experts) if model.moe_aux_loss_coeff else None
@@ -94,20 +98,27 @@ class ExpertRouter(Router):
                 probs = MoEAuxLossAutoScaler.apply(probs, loss / self.tokens_per_step)
         return probs, routing_map
 
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., e] fp32 (fp64) of hidden states [..., h]."""
+        if resolve_backend(self.backend, input) == "torch":
+            return super().gating(input)
+        logits = router_logits(input.flatten(0, -2), self.weight, backend=self.backend)
+        return logits.unflatten(0, input.shape[:-1])
+
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the scores [t, e] fp32 of logits [t, e]."""
         return expert_scores(logits, self.model.moe_router_score_function.value)
 
     def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (probs, routing map), both [t, e], of fp32 logits [t, e]."""
-        return topk_routing(
-            self.scores(logits),
-            self.expert_bias,
+        rule = RoutingRule(
+            function=self.model.moe_router_score_function.value,
             topk=self.model.moe_router_topk,
             num_groups=self.model.moe_router_num_groups,
             group_topk=self.model.moe_router_group_topk,
             scaling_factor=self.model.moe_router_topk_scaling_factor,
         )
+        return routing(logits, self.expert_bias, rule, backend=self.backend)
 
     def _count(self, routing_map: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Add this call's tokens per expert. Runs once per token also under recomputation."""

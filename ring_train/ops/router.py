@@ -1,15 +1,92 @@
 """Top-k routing over sigmoid or softmax scores, its margin, losses and expert-bias update.
 
-Experts are chosen by score plus expert bias; the weights use the score alone.
+Experts are chosen by score plus expert bias; the weights use the score alone. Triton's kernels
+compute scores with another exponential function, and of equal scores choose the first expert:
+where the margin is above rounding, both backends choose the same.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ring_train.ops.backends import resolve_backend
 from ring_train.ops.precision import compute_dtype
 
 _SUM_FLOOR = 1e-20
+
+
+class RoutingRule(NamedTuple):
+    """How experts are chosen and weighed."""
+
+    function: str
+    """Of `expert_scores`."""
+    topk: int
+    """Experts per token."""
+    num_groups: int | None
+    """See `group_limited_topk`."""
+    group_topk: int | None
+    """See `group_limited_topk`."""
+    scaling_factor: float
+    """On all weights."""
+
+
+def router_logits(
+    x: Float[Tensor, "t h"], weight: Float[Tensor, "e h"], *, backend: str = "auto"
+) -> Float[Tensor, "t e"]:
+    """Return x @ weight.T in fp32, or fp64 for fp64 inputs, of whatever dtypes.
+
+    Differentiable in both; gradients are summed in fp32 and have the dtypes of what they are of.
+
+    Raises:
+        ValueError: shapes, dtypes or the backend do not fit.
+    """
+    if x.shape[1] != weight.shape[1] or x.device != weight.device:
+        raise ValueError(
+            f"x={tuple(x.shape)} on {x.device} does not fit weight={tuple(weight.shape)} on "
+            f"{weight.device}; give [t, h] and [e, h]"
+        )
+    dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(weight.dtype))
+    wider = x if torch.promote_types(x.dtype, weight.dtype) == x.dtype else weight
+    if resolve_backend(backend, wider) == "triton":
+        return _Logits.apply(x, weight)
+    return torch.mm(x.to(dtype), weight.to(dtype).t())
+
+
+def routing(
+    logits: Float[Tensor, "t e"],
+    expert_bias: Float[Tensor, " e"] | None,
+    rule: RoutingRule,
+    *,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "t e"], Bool[Tensor, "t e"]]:
+    """Return what `topk_routing` makes of the scores of logits. Differentiable in `logits`.
+
+    Args:
+        logits: of `router_logits`.
+        expert_bias: one per expert, or None.
+        rule: scores, choice and weights.
+        backend: auto, torch or triton.
+
+    Raises:
+        ValueError: the rule does not fit the experts, or the backend is not there.
+    """
+    function, topk, num_groups, group_topk, scaling_factor = rule
+    if resolve_backend(backend, logits) == "triton":
+        _check_bias(logits, expert_bias)
+        _check_groups(logits, topk, num_groups, group_topk)
+        _check_function(function)
+        return _routed(logits, expert_bias, rule)
+    return topk_routing(
+        expert_scores(logits, function),
+        expert_bias,
+        topk=topk,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        scaling_factor=scaling_factor,
+    )
 
 
 def group_limited_topk(
@@ -41,12 +118,9 @@ def expert_scores(logits: Float[Tensor, "t e"], function: str) -> Float[Tensor, 
     Source: inclusionAI/Ling-V2 @ af8837e `modeling_bailing_moe_v2.py`, BailingMoeV2Gate, and
     inclusionAI/Ring @ 3b256cc `modeling_bailing_moe.py`, BailingMoeGate.
     """
+    _check_function(function)
     logits = logits.to(compute_dtype(logits.dtype))
-    if function == "softmax":
-        return torch.softmax(logits, dim=-1)
-    if function == "sigmoid":
-        return torch.sigmoid(logits)
-    raise ValueError(f"function={function!r} gives no scores; choose sigmoid or softmax")
+    return torch.softmax(logits, dim=-1) if function == "softmax" else torch.sigmoid(logits)
 
 
 def topk_routing(
@@ -72,11 +146,7 @@ def topk_routing(
         group_topk: see `group_limited_topk`.
         scaling_factor: on all weights.
     """
-    if expert_bias is not None and expert_bias.shape != scores.shape[-1:]:
-        raise ValueError(
-            f"expert_bias={tuple(expert_bias.shape)} does not match scores={tuple(scores.shape)}; "
-            "give one bias per expert"
-        )
+    _check_bias(scores, expert_bias)
     with torch.no_grad():
         biased = scores if expert_bias is None else scores + expert_bias
         indices = group_limited_topk(
@@ -165,6 +235,19 @@ def expert_bias_update(
     return bias + rate * direction
 
 
+def _check_function(function: str) -> None:
+    if function not in ("sigmoid", "softmax"):
+        raise ValueError(f"function={function!r} gives no scores; choose sigmoid or softmax")
+
+
+def _check_bias(scores: Tensor, expert_bias: Tensor | None) -> None:
+    if expert_bias is not None and expert_bias.shape != scores.shape[-1:]:
+        raise ValueError(
+            f"expert_bias={tuple(expert_bias.shape)} does not match scores={tuple(scores.shape)}; "
+            "give one bias per expert"
+        )
+
+
 def _check_groups(
     scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None
 ) -> None:
@@ -208,3 +291,70 @@ def _gap(scores: Float[Tensor, "t e"], chosen: int) -> Float[Tensor, " t"]:
         return scores.new_full(scores.shape[:1], torch.inf)
     best = scores.topk(chosen + 1, dim=-1).values
     return best[:, -2] - best[:, -1]
+
+
+class _Logits(torch.autograd.Function):
+    """`router_logits` by Triton's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        from ring_train.ops.kernels.router import make_logits
+
+        ctx.save_for_backward(x, weight)
+        return make_logits(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        from ring_train.ops.kernels.router import make_input_gradient, make_weight_gradient
+
+        x, weight = ctx.saved_tensors
+        of_input, of_weight = ctx.needs_input_grad
+        return (
+            make_input_gradient(grad, weight, x.dtype) if of_input else None,
+            make_weight_gradient(grad, x, weight.dtype) if of_weight else None,
+        )
+
+
+def _routed(logits: Tensor, expert_bias: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
+    """Return `routing` by Triton's kernels."""
+    from ring_train.ops.kernels.router import MAX_LANES, Choice
+
+    function, topk, num_groups, group_topk, scaling_factor = rule
+    softmax = function == "softmax"
+    choice = Choice(softmax, topk, num_groups or 1, group_topk or 1, scaling_factor)
+    if choice.lanes(logits.shape[1]) > MAX_LANES:
+        raise ValueError(
+            f"logits={tuple(logits.shape)}: backend='triton' has up to {MAX_LANES} experts, groups "
+            "padded to powers of two; choose backend='torch'"
+        )
+    if expert_bias is not None:
+        expert_bias = expert_bias.detach().contiguous()
+    return _Routing.apply(logits.contiguous(), expert_bias, choice)
+
+
+class _Routing(torch.autograd.Function):
+    """`routing` by Triton's kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, expert_bias: Tensor | None, choice: Any
+    ) -> tuple[Tensor, Tensor]:
+        from ring_train.ops.kernels.router import make_routing
+
+        weights, chosen = make_routing(logits, expert_bias, choice)
+        ctx.save_for_backward(logits, chosen)
+        ctx.mark_non_differentiable(chosen)
+        ctx.set_materialize_grads(False)
+        ctx.choice = choice
+        return weights, chosen
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
+        from ring_train.ops.kernels.router import make_routing_gradient
+
+        logits, chosen = ctx.saved_tensors
+        return make_routing_gradient(logits, chosen, grad.contiguous(), ctx.choice), None, None

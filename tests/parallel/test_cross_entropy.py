@@ -3,6 +3,7 @@
 Gradients are read where the optimizer reads them: the head's is added there by the loss itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.parallel.short_runs import (
     relative_errors,
 )
 
+Results = dict[str, Any]
 GRADIENT_TOLERANCE = 1e-6
 """Relative, L2, of fp64 runs: gradients are summed in fp32; with all logits the loss is fp32."""
 LOSS_TOLERANCE = 1e-6
@@ -47,7 +49,6 @@ LAYOUTS = {
     "tp2_norm_head": (2, [*FIRST_GENERATION, *TP2]),
     "pp2_recomputed": (2, [*TWO_DEPTHS, *PP2, *RECOMPUTE]),
     "dp2_overlap": (2, [*TWO_DEPTHS, *OVERLAP]),
-    "cp2": (2, [*TWO_DEPTHS, "parallel.context_parallel_size=2"]),
 }
 
 
@@ -56,19 +57,23 @@ def test_losses_and_gradients_are_those_of_all_logits(
     layout: str, fp64: None, on_ranks: OnRanks
 ) -> None:
     ranks, words = LAYOUTS[layout]
-    wholes = on_ranks(ranks, gradients_by_name, [*words, *FULL])
-    parts = on_ranks(ranks, gradients_by_name, [*words, *CHUNKED])
+    wholes, parts = zip(*on_ranks(ranks, both, gradients_by_name, words), strict=True)
     assert_equal(wholes, parts)
     assert any(HEAD in part["gradients"] for part in parts)
 
 
 def test_a_frozen_head_passes_gradients_on(fp64: None, on_ranks: OnRanks) -> None:
-    parts = on_ranks(2, adapter_gradients, [*TP2, *CHUNKED])
-    assert_equal(on_ranks(2, adapter_gradients, [*TP2, *FULL]), parts)
+    wholes, parts = zip(*on_ranks(2, both, adapter_gradients, TP2), strict=True)
+    assert_equal(wholes, parts)
     assert all(HEAD in part["names"] - part["gradients"].keys() for part in parts)
 
 
-def assert_equal(wholes: list[dict[str, Any]], parts: list[dict[str, Any]]) -> None:
+def both(gradients: Callable[[list[str]], Results], words: list[str]) -> tuple[Results, Results]:
+    """Return losses and gradients with all logits, and in chunks."""
+    return gradients([*words, *FULL]), gradients([*words, *CHUNKED])
+
+
+def assert_equal(wholes: tuple[Results, ...], parts: tuple[Results, ...]) -> None:
     for whole, part in zip(wholes, parts, strict=True):
         assert part["losses"] == pytest.approx(whole["losses"], abs=LOSS_TOLERANCE, rel=0)
         assert part["gradients"].keys() == whole["gradients"].keys()
@@ -78,11 +83,9 @@ def assert_equal(wholes: list[dict[str, Any]], parts: list[dict[str, Any]]) -> N
     assert parts[-1]["losses"] != wholes[-1]["losses"]
 
 
-@pytest.mark.parametrize(("ranks", "words"), [(1, TWO_DEPTHS), (2, [*TWO_DEPTHS, *TP2])])
-def test_bf16_differs_by_its_roundings(ranks: int, words: list[str], on_ranks: OnRanks) -> None:
-    words = [*words, "train.precision=bf16"]
-    whole = on_ranks(ranks, gradients_by_name, [*words, *FULL])[0]
-    part = on_ranks(ranks, gradients_by_name, [*words, *CHUNKED])[0]
+def test_bf16_differs_by_its_roundings(on_ranks: OnRanks) -> None:
+    words = [*TWO_DEPTHS, *TP2, "train.precision=bf16"]
+    whole, part = on_ranks(2, both, gradients_by_name, words)[0]
     assert part["losses"] == pytest.approx(whole["losses"], abs=BF16_LOSS_TOLERANCE, rel=0)
     errors = relative_errors(part["gradients"], whole["gradients"])
     assert 0 < errors[HEAD] < BF16_HEAD_TOLERANCE

@@ -4,6 +4,8 @@ Both read every logit once. Nothing is tuned by timing: the second overwrites wh
 first is bound by the same traffic.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -75,6 +77,7 @@ def make_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     """
     rows, columns = logits.shape
     block = min(BLOCK, padded(columns))
+    options: dict[str, Any] = {"BLOCK": block, "num_warps": NUM_WARPS}
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors(logits.device) // max(rows, 1))
     blocks = -(-columns // block)
     per_part = -(-blocks // min(wanted, blocks)) * block
@@ -88,8 +91,7 @@ def make_statistics(logits: Tensor, labels: Tensor) -> Tensor:
         rows,
         columns,
         per_part,
-        BLOCK=block,  # pyrefly: ignore[bad-argument-type]  -- a constexpr
-        num_warps=NUM_WARPS,
+        **options,
     )
     return statistics
 
@@ -100,6 +102,7 @@ def turn_into_gradient_(
     """Return `logits` [t, v], overwritten by (softmax - one at the label) * grad [t]."""
     rows, columns = logits.shape
     block = min(BLOCK, padded(columns))
+    options: dict[str, Any] = {"BLOCK": block, "num_warps": NUM_WARPS}
     _gradient_kernel[(rows, -(-columns // block))](
         logits,
         labels,
@@ -107,7 +110,6 @@ def turn_into_gradient_(
         grad,
         logits.stride(0),
         columns,
-        BLOCK=block,  # pyrefly: ignore[bad-argument-type]  -- a constexpr
-        num_warps=NUM_WARPS,
+        **options,
     )
     return logits

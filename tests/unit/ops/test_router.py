@@ -13,18 +13,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ring_train.ops.router import (
+    RoutingRule,
     expert_bias_update,
     expert_scores,
     group_limited_topk,
     relative_load,
+    router_logits,
+    routing,
     routing_margin,
     topk_routing,
     z_loss_sum,
 )
 
+# isort: split
+from ring_train.ops.kernels import router as kernels
+
 TIGHT_FP64 = 1e-12  # values of order 1, a few roundings of 1e-16
 ROUNDING_FP32 = 1e-6  # values up to 2.5, a few roundings of 6e-8
+SUMMED_FP32 = 3e-5  # sums of up to 300 products of normal numbers, in fp32
 RATE = 1e-3
+BF16 = torch.bfloat16
+EIGHT_GROUPS: dict[str, int] = {"num_groups": 8, "group_topk": 4}
 
 SHAPES: list[dict[str, Any]] = [
     {"experts": 12, "topk": 4, "num_groups": 3, "group_topk": 2},
@@ -238,3 +247,119 @@ def test_experts_come_best_first() -> None:
     indices = group_limited_topk(scores, topk=4, num_groups=3, group_topk=2)
     for row, chosen in zip(scores, indices, strict=True):
         assert all(a >= b for a, b in pairwise(row[chosen].tolist()))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, {"experts": 32, "topk": 8, **EIGHT_GROUPS}])
+@pytest.mark.parametrize("function", SCORES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_triton_routes_as_torch_does(
+    shape: dict[str, Any], function: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "LANES", 128)  # several programs, the last not full
+    experts, options = shape["experts"], {k: v for k, v in shape.items() if k != "experts"}
+    rule = RoutingRule(function, **options, scaling_factor=2.5)
+    logits, functional = random(37, experts), random(37, experts, seed=2)
+    bias = 0.3 * random(experts, seed=1) if biased else None
+    exact = logits.clone().requires_grad_()
+    expected, chosen = routing(exact, bias, rule, backend="torch")
+    narrow = logits.float().requires_grad_()
+    found, same = routing(narrow, None if bias is None else bias.float(), rule, backend="triton")
+    assert torch.equal(same, chosen)
+    assert (found.dtype, same.dtype) == (torch.float32, torch.bool)
+    assert not same.requires_grad
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ROUNDING_FP32)
+    (grad,) = torch.autograd.grad(found, narrow, functional.float())
+    (wanted,) = torch.autograd.grad(expected, exact, functional)
+    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=ROUNDING_FP32)
+
+
+def test_torch_routes_by_scores_and_top_k() -> None:
+    logits, bias = random(20, 12).float(), random(12, seed=1).float()
+    found = routing(logits, bias, RoutingRule("sigmoid", 4, 3, 2, 2.5))
+    options: dict[str, Any] = {"topk": 4, "num_groups": 3, "group_topk": 2}
+    scores = expert_scores(logits, "sigmoid")
+    expected = topk_routing(scores, bias, **options, scaling_factor=2.5)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("groups", [(None, None), (4, 2)])
+def test_triton_chooses_the_first_of_equals_and_always_as_many(
+    groups: tuple[int | None, int | None],
+) -> None:
+    logits = torch.zeros(3, 12)
+    logits[1] = torch.nan
+    logits[2, 5] = torch.nan
+    weights, chosen = routing(
+        logits, None, RoutingRule("sigmoid", 4, *groups, 1.0), backend="triton"
+    )
+    assert chosen.sum(1).tolist() == [4, 4, 4]
+    first = [0, 1, 2, 3]
+    assert chosen[0].nonzero().flatten().tolist() == first
+    assert weights[0, first].tolist() == [0.25] * 4
+    assert chosen[2, 5], "as in torch, what is no number is the largest"
+    assert weights[2].isnan().any()
+
+
+@pytest.mark.parametrize("size", [(70, 40, 12), (300, 130, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_logits_and_gradients_are_those_of_fp64(
+    size: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed with an fp32 weight, fp16 stands for bf16, which the interpreter does not compute."""
+    monkeypatch.setattr(kernels, "num_processors", lambda device: 8)  # the tokens in parts
+    tokens, hidden, experts = size
+    x = random(tokens, hidden).to(dtype).requires_grad_()
+    weight = random(experts, hidden, seed=1).float().requires_grad_()
+    functional = random(tokens, experts, seed=2).float()
+    logits = router_logits(x, weight, backend="triton")
+    assert logits.dtype == torch.float32
+    wide_x, wide_weight = x.detach().double(), weight.detach().double()
+    torch.testing.assert_close(logits.double(), wide_x @ wide_weight.T, rtol=0, atol=SUMMED_FP32)
+    x_grad, weight_grad = torch.autograd.grad(logits, (x, weight), functional)
+    assert (x_grad.dtype, weight_grad.dtype) == (dtype, torch.float32)
+    rounding = 2.0**-11 if dtype == torch.float16 else 0.0
+    wanted = functional.double() @ wide_weight
+    torch.testing.assert_close(x_grad.double(), wanted, rtol=rounding, atol=SUMMED_FP32)
+    wanted = functional.double().T @ wide_x
+    torch.testing.assert_close(weight_grad.double(), wanted, rtol=0, atol=SUMMED_FP32)
+
+
+@pytest.mark.parametrize("of_a", [True, False])
+def test_fp32_split_into_three_numbers_loses_nothing(
+    of_a: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch that bf16 takes, with fp16 in its place: of 11 bits, so two would do for fp32."""
+    monkeypatch.setattr(torch, "bfloat16", torch.float16)
+    a, b = random(20, 70).float(), random(70, 24, seed=1).half()
+    if not of_a:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    found = kernels.make_product(a, b, torch.float32)
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=0, atol=SUMMED_FP32)
+    left = a.float() if of_a else b.float()
+    for _ in range(3):
+        left = left - left.to(BF16).float()
+    assert not left.any(), "three bf16 numbers are an fp32 number"
+
+
+def test_torch_logits_are_the_product_in_fp32() -> None:
+    x, weight = random(9, 16).bfloat16(), random(4, 16, seed=1).float()
+    found = router_logits(x, weight)
+    assert torch.equal(found, x.float() @ weight.T)
+    assert router_logits(x.double(), weight).dtype == torch.float64
+
+
+def test_what_the_kernels_do_not_route_is_refused() -> None:
+    rule = RoutingRule("sigmoid", 2, None, None, 1.0)
+    refused = inspect.unwrap(routing)
+    with pytest.raises(ValueError, match=r"does not compute torch\.float64"):
+        refused(random(3, 8), None, rule, backend="triton")
+    with pytest.raises(ValueError, match="one bias per expert"):
+        refused(random(3, 8).float(), torch.zeros(7), rule, backend="triton")
+    with pytest.raises(ValueError, match="choose sigmoid or softmax"):
+        refused(random(3, 8).float(), None, rule._replace(function="relu"), backend="triton")
+    with pytest.raises(ValueError, match="topk is not within"):
+        refused(random(3, 8).float(), None, rule._replace(topk=9), backend="triton")
+    with pytest.raises(ValueError, match="up to 4096 experts"):
+        refused(torch.zeros(1, 5000), None, rule, backend="triton")
+    with pytest.raises(ValueError, match=r"give \[t, h\] and \[e, h\]"):
+        inspect.unwrap(router_logits)(torch.zeros(3, 8), torch.zeros(4, 9))
