@@ -11,6 +11,7 @@ in training either.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,19 +67,18 @@ class MixtureOfExperts(MoELayer):
             intermediate_tensors: of megatron's CUDA graphs; None here.
             padding_mask: [1, t/sp] bool, True where padding.
         """
-        direct: Any = None
+        experts: Any = None
         if self.is_local and isinstance(self.experts, GroupedExperts):
-            direct = self._grouped_experts
+            experts = self._grouped_experts
         elif self.is_local and isinstance(self.experts, Experts) and self.experts.is_direct():
-            direct = self._sequential_experts
-        if direct is None:
+            experts = self._sequential_experts
+        if experts is None:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        compute = partial(self._direct, experts)
         mask = None if padding_mask is None else padding_mask.mT
         if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(
-                self._direct, False, direct, hidden_states, mask
-            ), None
-        return self._direct(direct, hidden_states, mask), None
+            return tensor_parallel.checkpoint(compute, False, hidden_states, mask), None
+        return compute(hidden_states, mask), None
 
     def _direct(
         self, experts: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import OnRanks
+from tests.conftest import OnRanks, RankError
 from tests.parallel.short_runs import (
     EP2,
     TP2,
     gradients_by_name,
     relative_errors,
+    short_plan,
 )
 from tests.parallel.test_gradients import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
@@ -29,6 +30,8 @@ LAYOUTS = {
     "tp2_ep2_etp2": (4, [*TP2, *EP2, *ETP2], 1),
 }
 """(ranks, overrides, tokens that rows are padded to a multiple of)."""
+PRECISION_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
+"""Relative to a gradient: rounding, 6e-8 or 4e-3 each time, enlarged by the group norm."""
 
 
 def gradients(overrides: list[str], pad_to_multiple: int) -> dict[str, Any]:
@@ -56,3 +59,110 @@ def test_losses_gradients_and_counts_are_those_of_experts_one_by_one(
         for number, load in result["loads"].items():
             assert load[0] == found["loads"][number][0]
     assert seen == found["gradients"].keys()
+
+
+def empty_gradients(overrides: list[str]) -> dict[str, Any]:
+    """Return the gradients where a rank sends no token to the first experts, and their counts."""
+    import torch
+
+    from ring_train.model.router import ExpertRouter
+
+    routing = ExpertRouter.routing
+
+    def biased(self: Any, logits: torch.Tensor) -> Any:
+        self.expert_bias[:] = torch.tensor([-9.0] * 3 + [0.0] * (len(self.expert_bias) - 3))
+        return routing(self, logits)
+
+    ExpertRouter.routing = biased
+    return gradients(overrides, 1)
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "ep2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts_without_a_token_have_a_gradient_of_zeros(
+    precision: str, layout: str, on_ranks: OnRanks
+) -> None:
+    ranks, overrides = LAYOUTS[layout][:2]
+    words = [*overrides, f"train.precision={precision}"]
+    expected = on_ranks(ranks, empty_gradients, [*SEQUENTIAL, *words])
+    found = on_ranks(ranks, empty_gradients, [*GROUPED, *words])
+    tolerance = PRECISION_TOLERANCE[precision]
+    seen = False
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(load[0][:3] == [0, 0, 0] for load in ours["loads"].values())
+        for name, gradient in theirs["gradients"].items():
+            if gradient.any():
+                error = (ours["gradients"][name] - gradient).norm() / gradient.norm()
+                assert float(error) <= tolerance, name
+            else:
+                assert not ours["gradients"][name].any(), name
+                seen |= ".experts.0." in name
+    assert seen
+
+
+def losses_in_eval_and_training(overrides: list[str]) -> bool:
+    """Return whether the losses of a row are the same in both modes, and with and without grad."""
+    import torch
+
+    from ring_train.model.build import build_model
+    from ring_train.model.experts import GroupedExperts
+    from ring_train.runtime.distributed import start_runtime
+    from ring_train.train.scoring import token_losses
+    from tests.parallel.streams import make_micro_batches
+
+    with start_runtime(short_plan(overrides)) as groups:
+        plan = short_plan(overrides)
+        model = build_model(plan, groups.collection)
+        kinds = [type(module) for chunk in model for module in chunk.modules()]
+        assert GroupedExperts in kinds
+        rows = make_micro_batches(plan, 0, groups.dp_rank)[:1]
+        trained = token_losses(model, rows, groups.collection)[0]
+        for chunk in model:
+            chunk.eval()
+        with torch.no_grad():
+            scored = token_losses(model, rows, groups.collection)[0]
+        return bool((trained == scored).all())
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "ep2"])
+def test_generation_computes_what_training_does(layout: str, on_ranks: OnRanks) -> None:
+    ranks, overrides = LAYOUTS[layout][:2]
+    assert all(on_ranks(ranks, losses_in_eval_and_training, [*GROUPED, *overrides]))
+
+
+def build_only(overrides: list[str]) -> None:
+    from ring_train.model.build import build_model
+    from ring_train.runtime.distributed import start_runtime
+
+    plan = short_plan(overrides)
+    with start_runtime(plan) as groups:
+        build_model(plan, groups.collection)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [("deepep", "Buffer"), ("hybridep", "HybridEPBuffer")]
+)
+def test_a_dispatcher_without_its_library_is_refused(
+    backend: str, name: str, on_ranks: OnRanks
+) -> None:
+    words = ["kernels.moe_token_dispatcher_type=flex", "train.precision=bf16", *EP2]
+    message = rf"{backend} needs deep_ep.{name} of DeepEP.*choose .*type=alltoall"
+    with pytest.raises(RankError, match=message):
+        on_ranks(2, build_only, [*words, f"kernels.moe_flex_dispatcher_backend={backend}"])
+
+
+OVERLAPPED = ["kernels.moe_shared_expert_overlap=true"]
+
+
+@pytest.mark.parametrize("experts", ["grouped", "sequential"])
+@pytest.mark.parametrize("layout", ["one_rank", "tp2_ep2"])
+def test_overlapped_shared_experts_change_no_gradient(
+    layout: str, experts: str, found: dict[str, Any], fp64: None, on_ranks: OnRanks
+) -> None:
+    if not found:
+        found.update(on_ranks(1, gradients, SEQUENTIAL, 1)[0])
+    ranks, overrides, multiple = LAYOUTS[layout]
+    words = [f"kernels.experts={experts}", *OVERLAPPED, *overrides]
+    for result in on_ranks(ranks, gradients, words, multiple):
+        errors = relative_errors(result["gradients"], found["gradients"])
+        assert not {n: error for n, error in errors.items() if error > GRADIENT_TOLERANCE}
