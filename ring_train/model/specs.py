@@ -124,7 +124,9 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]
     return partial(
         MixtureOfExperts,
         submodules=MoESubmodules(
-            router=partial(ExpertRouter, model=plan.config.model),
+            router=partial(
+                ExpertRouter, model=plan.config.model, backend=plan.config.kernels.fused.value
+            ),
             experts=experts,
             shared_experts=(
                 partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))
