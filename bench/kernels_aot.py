@@ -2,13 +2,13 @@
 
 Words: `families=NAME,.. targets=sm_90,.. case=NAME kernels=NAME,.. output=FILE` narrow it.
 
-Launch functions run on tensors of the device "meta" and their launches are caught, so each kernel
-is compiled with the arguments, block sizes and candidates (warps, stages) that a real launch has.
-A row of the table is a kernel, a candidate and a target: registers a thread, bytes of stack and
-local memory a thread (where spilled registers go), shared memory, how many programs fit on a
-multiprocessor at a time, instructions of tensor cores, seconds of compilation. Fails if no
-candidate of a kernel fits the shared memory of a target. It shows that kernels compile, not that
-they are right: that is the interpreter's part (tests/unit/ops).
+Launch functions run on tensors of the device "meta" (bench/kernels_launches.py) and their launches
+are caught, so each kernel is compiled with the arguments, block sizes and candidates (warps,
+stages) that a real launch has. A row of the table is a kernel, a candidate and a target: registers
+a thread, bytes of stack and local memory a thread (where spilled registers go), shared memory, how
+many programs fit on a multiprocessor at a time, instructions of tensor cores, seconds of
+compilation. Fails if no candidate of a kernel fits the shared memory of a target. It shows that
+kernels compile, not that they are right: that is the interpreter's part (tests/unit/ops).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_TOKENS, NUM_HEADS, HEAD_DIM = 32768, 16, 128
 WARP = 32
 
 
@@ -92,21 +91,22 @@ def main(words: list[str]) -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # seconds of compilation, not of a cache
     sys.path.insert(0, str(ROOT))
+    from bench.kernels_launches import FAMILIES
+
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         for family in given.get("families", ",".join(FAMILIES)).split(","):
             for target in given.get("targets", ",".join(TARGETS)).split(","):
-                for case, function in FAMILIES[family](TARGETS[target]).items():
+                for case, function in FAMILIES[family](TARGETS[target].capability).items():
                     if given.get("case", case) == case:
                         chosen = given.get("kernels")
                         rows += compile_case((family, case, target), function, chosen)
     output = Path(given.get("output", ROOT / "bench/results/kernels_aot.json"))
     names = ("torch", "triton")
     versions = {name: importlib.metadata.version(name) for name in names}
-    shape = {"tokens": NUM_TOKENS, "heads": NUM_HEADS, "head_dim": HEAD_DIM}
-    results = {"versions": versions, "shape": shape, "rows": [asdict(row) for row in rows]}
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    listed = ",\n  ".join(json.dumps(asdict(row)) for row in rows)  # a row a line
+    output.write_text(f'{{"versions": {json.dumps(versions)},\n "rows": [\n  {listed}]}}\n')
     if missing := without_fit(rows):
         raise SystemExit(f"no candidate fits the shared memory of its target: {missing}")
 
@@ -274,54 +274,6 @@ def print_row(row: Row, *, first: bool) -> None:
         f"{row.mma:5}{row.compile_s:10.2f}  {row.flags}",
         flush=True,
     )
-
-
-def lightning_cases(target: Target) -> dict[str, Callable[[], None]]:
-    """Return forward and backward of lightning attention, each a function without arguments."""
-    import torch
-
-    return {
-        f"{str(dtype).removeprefix('torch.')}{', documents' * many}{', states' * states}": (
-            lambda dtype=dtype, many=many, states=states: lightning(target, dtype, many, states)
-        )
-        for dtype in (torch.bfloat16, torch.float16)
-        for many in (False, True)
-        for states in (False, True)
-    }
-
-
-def lightning(target: Target, dtype: Any, many: bool, states: bool) -> None:
-    """Launch all kernels of lightning attention on tensors without values."""
-    import torch
-
-    from ring_train.ops.kernels.lightning import make_output
-    from ring_train.ops.kernels.lightning_gradient import make_gradients
-    from ring_train.ops.kernels.lightning_states import Row as Packed
-    from ring_train.ops.kernels.lightning_states import make_states
-
-    def empty(*shape: int, dtype: Any = dtype) -> Any:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    q, k, v, grad = (empty(NUM_TOKENS, NUM_HEADS, HEAD_DIM) for _ in range(4))
-    documents = empty(NUM_TOKENS, dtype=torch.int32) if many else None
-    boundaries = empty(5 if many else 2, dtype=torch.int32)
-    # As `chunk_size_for` chooses on that device.
-    chunk_size = 128 if dtype == torch.bfloat16 and target.capability >= 90 else 64
-    slopes = empty(NUM_HEADS, dtype=torch.float32)
-    row = Packed(slopes, documents, boundaries, HEAD_DIM**-0.5, chunk_size)
-    initial = None
-    if states:
-        initial = empty(len(boundaries) - 1, NUM_HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float32)
-    before, final = make_states(k, v, row, initial=initial, with_final=states, reverse=False)
-    make_output(q, k, v, row, before, initial=initial)
-    inputs = (q, k, v, initial)
-    make_gradients(inputs, grad, row, before, final_grad=final, with_initial_grad=states)
-
-
-FAMILIES: dict[str, Callable[[Target], dict[str, Callable[[], None]]]] = {
-    "lightning": lightning_cases,
-}
-"""Family -> function of a target that returns {case: function that launches its kernels}."""
 
 
 if __name__ == "__main__":
