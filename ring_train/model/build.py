@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from ring_train.config import TransformerImpl
 from ring_train.model.experts import check_dispatcher
 from ring_train.model.init import initialise
 from ring_train.model.language_model import HybridLanguageModel
@@ -21,9 +22,13 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
     adapters everything else is frozen and has no gradient.
 
     Raises:
-        PlanError: a library that the run needs is not installed.
+        PlanError: a library or a device that the run needs is not there.
     """
     check_dispatcher(plan.config.kernels)
+    if plan.config.kernels.transformer_impl is TransformerImpl.transformer_engine:
+        from ring_train.model.engine import check_engine
+
+        check_engine(plan.config.kernels)
     config = make_transformer_config(plan)
     stages = range(plan.mesh.vpp) if plan.mesh.vpp > 1 else [None]
     chunks = [HybridLanguageModel(plan, config, groups, vp_stage) for vp_stage in stages]

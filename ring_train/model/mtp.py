@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,7 +31,7 @@ class MtpLayer(torch.nn.Module):
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__()
-        self.groups = groups
+        self.config, self.groups = config, groups
         self.sequence_parallel = config.sequence_parallel
         self.recompute = config.recompute_granularity == "full"
         hidden, eps = config.hidden_size, config.layernorm_epsilon
@@ -97,13 +98,14 @@ class MtpLayer(torch.nn.Module):
             projected = tensor_parallel.scatter_to_sequence_parallel_region(
                 projected, group=self.groups.tp
             )
-        hidden, _ = self.transformer_layer(
-            hidden_states=projected,
-            attention_mask=None,
-            rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=documents,
-            padding_mask=padding_mask,
-        )
+        with get_fp8_context(self.config):  # norms and eh_proj keep their precision
+            hidden, _ = self.transformer_layer(
+                hidden_states=projected,
+                attention_mask=None,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=documents,
+                padding_mask=padding_mask,
+            )
         return self.final_layernorm(hidden)
 
 

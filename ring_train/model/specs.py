@@ -16,6 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from ring_train.config import TransformerImpl
 from ring_train.model.attention import DocumentAttention, GroupedQueryAttention
 from ring_train.model.experts import (
     Experts,
@@ -59,10 +61,10 @@ def make_layer_spec(plan: Plan, config: TransformerConfig, layer_index: int) -> 
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=_norm_before(token, plan),
             self_attention=_builder(TOKEN_MIXERS[token].spec)(plan, config),
             self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=_norm_before(channel, plan),
             mlp=_builder(CHANNEL_MIXERS[channel].spec)(plan, config),
             mlp_bda=bias_dropout_add,
         ),
@@ -75,9 +77,27 @@ def _builder(path: str) -> SpecBuilder:
     return getattr(importlib.import_module(module), function)
 
 
-def _attention_submodules(plan: Plan) -> SelfAttentionSubmodules:
+def _engine(plan: Plan) -> Any:
+    """Return the module that makes parts of Transformer Engine's, or None without it."""
+    if plan.config.kernels.transformer_impl is TransformerImpl.local:
+        return None
+    return importlib.import_module("ring_train.model.engine")
+
+
+def _norm_before(mixer: str, plan: Plan) -> Any:
+    """Return the builder of the norm in front of a mixer."""
+    engine = _engine(plan)
+    return RMSNorm if engine is None else engine.norm_before(mixer)
+
+
+def _attention_submodules(plan: Plan, mixer: str) -> SelfAttentionSubmodules:
     norm: Any = HeadNorm if plan.config.model.qk_layernorm else None
     core: Any = DocumentAttention  # its forward takes Documents, not megatron's arguments
+    engine = _engine(plan)
+    if engine is not None:
+        if mixer == "gqa" and plan.mesh.cp == 1:
+            core = engine.EngineAttention
+        return engine.attention_submodules(mixer, qk_norm=norm, core=core)
     return SelfAttentionSubmodules(
         linear_qkv=column_parallel(plan, "linear_qkv"),
         core_attention=core,
@@ -92,7 +112,7 @@ def gqa_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=GroupedQueryAttention,
         params={"attn_mask_type": AttnMaskType.causal, "kernels": plan.config.kernels},
-        submodules=_attention_submodules(plan),
+        submodules=_attention_submodules(plan, "gqa"),
     )
 
 
@@ -106,7 +126,7 @@ def lightning_spec(plan: Plan, config: TransformerConfig) -> ModuleSpec:
             "kernels": plan.config.kernels,
             "linear_gate": column_parallel(plan, "linear_gate"),
         },
-        submodules=_attention_submodules(plan),
+        submodules=_attention_submodules(plan, "lightning"),
     )
 
 
@@ -118,9 +138,14 @@ def dense_spec(plan: Plan, config: TransformerConfig) -> partial[MLP]:
 def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]:
     """Return the builder of the mixture of experts: router, experts, shared expert."""
     shared = plan.config.model.moe_shared_expert_intermediate_size
-    experts: Any = partial(Experts, submodules=_mlp_submodules(plan, "experts"))
-    if are_grouped(plan, config):
+    engine = _engine(plan)
+    experts: Any
+    if engine is not None:
+        experts = partial(TEGroupedMLP, submodules=engine.expert_submodules())
+    elif are_grouped(plan, config):
         experts = GroupedExperts
+    else:
+        experts = partial(Experts, submodules=_mlp_submodules(plan, "experts"))
     return partial(
         MixtureOfExperts,
         submodules=MoESubmodules(
@@ -138,6 +163,9 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]
 
 
 def _mlp_submodules(plan: Plan, part: str) -> MLPSubmodules:
+    engine = _engine(plan)
+    if engine is not None:
+        return engine.mlp_submodules("dense" if part == "mlp" else "moe")
     return MLPSubmodules(
         linear_fc1=column_parallel(plan, f"{part}.linear_fc1"),
         linear_fc2=row_parallel(plan, f"{part}.linear_fc2"),

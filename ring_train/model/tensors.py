@@ -135,6 +135,7 @@ STACKED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
 
 def _parts(name: str, owner: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name within the chunk, tensor) of what a parameter holds: itself, or its experts."""
+    name = plain_name(name)
     head, _, tail = name.rpartition(".experts.")
     projection = STACKED.get(tail) if head else None
     if projection is None:
@@ -142,6 +143,22 @@ def _parts(name: str, owner: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]
         return
     for number, part in enumerate(owner.detach()):
         yield f"{head}.experts.local_experts.{number}.{projection}.weight", part
+
+
+ENGINE_NAMES = (
+    (r"self_attention\.linear_qkv\.layer_norm_weight", "input_layernorm.weight"),
+    (r"mlp\.linear_fc1\.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    (r"experts\.(linear_fc[12])\.weight(\d+)", r"experts.local_experts.\2.\1.weight"),
+)
+"""Ends of names as modules of Transformer Engine have them, and what they are without it: a norm is
+part of the projection behind it, and a grouped projection holds one matrix an expert."""
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter of a chunk has where no Transformer Engine built it."""
+    for end, plain in ENGINE_NAMES:
+        name = re.sub(rf"(?<=\.){end}$", plain, name)
+    return name
 
 
 def _logical_name(model: HybridLanguageModel, name: str) -> str:

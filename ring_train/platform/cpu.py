@@ -245,6 +245,8 @@ def _patch_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
+    _patch_engine_kernels()
+
     # gloo refuses parts of different lengths.
     mappings._gather_along_first_dim = padded_gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = padded_reduce_scatter(
@@ -258,3 +260,17 @@ def _patch_megatron() -> None:
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = False
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _patch_engine_kernels() -> None:
+    """Where Transformer Engine can be imported, kernels of it would be called that need CUDA."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
