@@ -38,26 +38,24 @@ def lightning_cases(capability: int) -> Cases:
 
 def lightning(capability: int, dtype: torch.dtype, many: bool, states: bool) -> None:
     """Launch both passes; the chunk is what `chunk_size_for` chooses on such a device."""
-    from ring_train.ops.kernels.lightning import make_output
-    from ring_train.ops.kernels.lightning_gradient import make_gradients
-    from ring_train.ops.kernels.lightning_states import Row, make_states
+    from ring_train.ops.lightning import lightning_attention
 
-    q, k, v, grad = (empty(TOKENS, HEADS, HEAD_DIM, dtype=dtype) for _ in range(4))
-    documents = empty(TOKENS, dtype=INT32) if many else None
-    boundaries = empty(5 if many else 2, dtype=INT32)
-    chunk_size = 128 if dtype == BF16 and capability >= 90 else 64
-    row = Row(empty(HEADS, dtype=FP32), documents, boundaries, HEAD_DIM**-0.5, chunk_size)
+    q, k, v = (empty(TOKENS, HEADS, HEAD_DIM, dtype=dtype).requires_grad_() for _ in range(3))
+    lengths = (TOKENS // 4,) * 4 if many else (TOKENS,)
     initial = None
     if states:
-        initial = empty(len(boundaries) - 1, HEADS, HEAD_DIM, HEAD_DIM, dtype=FP32)
-    before, final = make_states(k, v, row, initial=initial, with_final=states, reverse=False)
-    make_output(q, k, v, row, before, initial=initial)
-    make_gradients(
-        *(q, k, v, grad, row, before),
-        initial=initial,
-        final_grad=final,
-        with_initial_grad=states,
+        initial = empty(len(lengths), HEADS, HEAD_DIM, HEAD_DIM, dtype=FP32).requires_grad_()
+    output, final = lightning_attention(
+        *(q, k, v, empty(HEADS, dtype=FP32)),
+        cu_seqlens=empty(len(lengths) + 1, dtype=INT32),
+        lengths=lengths,
+        initial_state=initial,
+        output_final_state=states,
+        chunk_size=128 if dtype == BF16 and capability >= 90 else 64,
+        backend="triton",
     )
+    results = [output] if final is None else [output, final]
+    torch.autograd.backward(results, [torch.empty_like(x) for x in results])
 
 
 def qk_norm_rope_cases(_: int) -> Cases:
