@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import OnRanks, RankError
+from tests.conftest import OnRanks
 from tests.parallel.short_runs import (
     EP2,
     TP2,
@@ -130,27 +130,6 @@ def test_generation_computes_what_training_does(layout: str, on_ranks: OnRanks) 
     assert all(on_ranks(ranks, losses_in_eval_and_training, [*GROUPED, *overrides]))
 
 
-def build_only(overrides: list[str]) -> None:
-    from ring_train.model.build import build_model
-    from ring_train.runtime.distributed import start_runtime
-
-    plan = short_plan(overrides)
-    with start_runtime(plan) as groups:
-        build_model(plan, groups.collection)
-
-
-@pytest.mark.parametrize(
-    ("backend", "name"), [("deepep", "Buffer"), ("hybridep", "HybridEPBuffer")]
-)
-def test_a_dispatcher_without_its_library_is_refused(
-    backend: str, name: str, on_ranks: OnRanks
-) -> None:
-    words = ["kernels.moe_token_dispatcher_type=flex", "train.precision=bf16", *EP2]
-    message = rf"{backend} needs deep_ep.{name} of DeepEP.*choose .*type=alltoall"
-    with pytest.raises(RankError, match=message):
-        on_ranks(2, build_only, [*words, f"kernels.moe_flex_dispatcher_backend={backend}"])
-
-
 OVERLAPPED = ["kernels.moe_shared_expert_overlap=true"]
 
 
@@ -166,3 +145,29 @@ def test_overlapped_shared_experts_change_no_gradient(
     for result in on_ranks(ranks, gradients, words, multiple):
         errors = relative_errors(result["gradients"], found["gradients"])
         assert not {n: error for n, error in errors.items() if error > GRADIENT_TOLERANCE}
+
+
+def num_products(overrides: list[str]) -> int:
+    """Return how often grouped experts were computed in a step."""
+    from ring_train.model.experts import GroupedExperts
+
+    calls = []
+    forward = GroupedExperts.forward
+
+    def counted(self: Any, *args: Any) -> Any:
+        calls.append(self)
+        return forward(self, *args)
+
+    GroupedExperts.forward = counted
+    gradients_by_name([*BASE, *GROUPED, *overrides])
+    return len(calls)
+
+
+def test_recomputation_computes_experts_twice(on_ranks: OnRanks) -> None:
+    recompute = [
+        "parallel.recompute_granularity=selective",
+        "parallel.recompute_modules=[moe]",
+    ]
+    (once,) = on_ranks(1, num_products, [])
+    assert once > 1
+    assert on_ranks(1, num_products, recompute) == [2 * once]
