@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-sft test test-unit test-crash test-layouts test-hf457 test-lm-eval test-serving test-slurm chaos bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-gpu test-layouts test-hf457 test-lm-eval test-serving test-slurm chaos bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ test-unit: $(INSTALLED)  ## tests in one process
 
 test-crash: $(INSTALLED)  ## kill -9 of tokenization and of saves at random moments, 100 times each
 	CRASH_KILLS=100 $(PYTEST) --timeout 3000 tests/crash
+
+test-gpu: $(INSTALLED)  ## kernels on a CUDA device against their references
+	TRITON_INTERPRET=0 $(PYTEST) tests/gpu
 
 test-slurm: $(INSTALLED)  ## jobs on a real Slurm of this machine, which it installs if it may (minutes)
 	tools/test_slurm.sh
