@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import isqrt
 from typing import TYPE_CHECKING
 
-from ring_train.config import Config, ModelConfig, ParallelConfig, RecomputeGranularity
-from ring_train.config.choices import RecomputeMethod
+from ring_train.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RecomputeGranularity,
+)
+from ring_train.config.choices import Kernel, RecomputeMethod
 from ring_train.plan.cost import WEIGHT_BYTES
-from ring_train.plan.footprint import FP32, Kept, RankWeights, Rows
+from ring_train.plan.footprint import FP32, INT64, Kept, RankWeights, Rows
+from ring_train.plan.kernels import keeps_all_logits, uses_triton
 from ring_train.plan.lora import PROJECTIONS
 from ring_train.plan.mesh import Mesh
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
@@ -117,11 +125,18 @@ def in_flight(pp: int, vpp: int, rank: int, num_micro_batches: int) -> list[int]
 def rank_rows(config: Config, mesh: Mesh, batch: BatchPlan) -> Rows:
     """Return one micro batch as a rank sees it."""
     tokens = -(-batch.tokens_per_micro_batch // mesh.cp)
+    kernels, precision = config.kernels, config.train.precision
+    has_kernels = uses_triton(kernels.lightning, precision)
+    is_wide = precision is Precision.fp32
     return Rows(
         tokens=tokens,
         sharded_tokens=-(-tokens // mesh.tp) if mesh.sequence_parallel else tokens,
         element_bytes=WEIGHT_BYTES[config.train.precision],
         expert_imbalance=config.machine.expert_imbalance,
+        is_fused=uses_triton(kernels.fused, precision),
+        # As `chunk_size_for` of ring_train.ops.kernels has it on a Hopper, and torch.
+        state_chunk=(32 if is_wide else 128) if has_kernels else 64,
+        state_element_bytes=2 if has_kernels and not is_wide else FP32,
     )
 
 
@@ -297,23 +312,41 @@ def layer_kept(model: ModelConfig, mesh: Mesh, rows: Rows, pair: tuple[str, str]
 
 
 def norm_bytes(model: ModelConfig, rows: Rows) -> int:
-    """Return what an RMSNorm keeps: input in fp32, what it normalised, one fp32 number a token."""
+    """Return what an RMSNorm keeps: input in fp32, what it normalised, one fp32 number a token.
+
+    Fused, its input alone.
+    """
+    if rows.is_fused:
+        return rows.sharded_tokens * rows.element_bytes * model.hidden_size
     return rows.sharded_tokens * ((rows.element_bytes + FP32) * model.hidden_size + FP32)
 
 
 def _head_bytes(plan: Plan, rows: Rows) -> tuple[int, int]:
     """Return bytes of what follows the layers: (kept, passing while one head is at work).
 
-    Each head keeps softmax(logits) in fp32; its backward makes the gradient of that, and that of
-    the logits in the dtype of the weights.
+    With all logits each head keeps softmax(logits) in fp32; its backward makes the gradient of
+    that, and that of the logits in the dtype of the weights. In chunks it keeps the hidden states
+    of all tensor-parallel ranks and one number a token; in passing there are the logits of a chunk,
+    and the gradient of the hidden states, summed in fp32 for the tokens of a tile.
     """
-    model, mesh = plan.config.model, plan.mesh
-    a, h, depths = rows.element_bytes, model.hidden_size, plan.layers.num_mtp
-    logits = rows.tokens * (model.vocab_size // mesh.tp)
-    labels = rows.tokens * 17
+    config, mesh, depths = plan.config, plan.mesh, plan.layers.num_mtp
+    a, h, t = rows.element_bytes, config.model.hidden_size, rows.tokens
+    vocabulary = config.model.vocab_size // mesh.tp
     hidden = rows.sharded_tokens * a * h
-    each = FP32 * logits + labels + hidden + norm_bytes(model, rows)
+    if keeps_all_logits(config, t):
+        kept = t * (FP32 * vocabulary + 17) + hidden
+        passing = t * vocabulary * (FP32 + a)
+    else:
+        logits = config.kernels.cross_entropy_chunk_tokens * vocabulary
+        kept = t * (INT64 + FP32 + a * h)
+        passing = logits * a + t * h * a + hidden
+        if plan.lora is None:
+            passing += min(t, isqrt(logits)) * h * FP32
+        if a == FP32 or config.kernels.fused is Kernel.torch:
+            # torch computes exponentials beside the logits, and widens them before.
+            passing += logits * (FP32 + (FP32 if a < FP32 else 0))
+    each = kept + norm_bytes(config.model, rows)
     # eh_proj's input and the norms of embedding and hidden states; what the last norm has made is
     # an input in fp32 already, else it is copied.
-    joined = 2 * hidden + 2 * norm_bytes(model, rows) - (hidden if a == FP32 else 0)
-    return (1 + depths) * each + depths * joined, logits * (FP32 + a)
+    joined = 2 * hidden + 2 * norm_bytes(config.model, rows) - (hidden if a == FP32 else 0)
+    return (1 + depths) * each + depths * joined, passing

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ring_train.config import MachineConfig, ModelConfig, ParallelConfig, RecomputeGranularity
 from ring_train.plan.cost import layer_flops
 from ring_train.plan.footprint import FP32, Rows
+from ring_train.plan.kernels import keeps_all_logits
 from ring_train.plan.memory import rank_rows, rank_weights, stage_mixers
 from ring_train.plan.mesh import Mesh
 from ring_train.plan.mixers import LIGHTNING_CHUNK
@@ -186,8 +187,13 @@ def _stage_seconds(plan: Plan, stage: int, rows: Rows, phase: Phase) -> dict[str
         matrices = heads * model.vocab_size + plan.layers.num_mtp * 2 * h
         flops = 2.0 * rows.tokens * h * matrices / mesh.tp
         forward["output head"] = flops / (machine.gemm_tflops * TERA)
-        logits = heads * rows.tokens * model.vocab_size / mesh.tp * FP32
-        forward["output head"] += 3 * logits / (machine.memory_gb_per_s * GIGA)
+        logits = heads * rows.tokens * model.vocab_size / mesh.tp
+        traffic = 3 * logits * FP32
+        if not keeps_all_logits(config, rows.tokens):
+            # Written and read by one kernel; the backward pass forms them again.
+            traffic = 2 * logits * rows.element_bytes
+            again["output head"] = 2.0 * h * logits / (machine.gemm_tflops * TERA)
+        forward["output head"] += traffic / (machine.memory_gb_per_s * GIGA)
     if mesh.pp > 1:
         size = rows.sharded_tokens * rows.element_bytes * model.hidden_size
         forward["pipeline transfers"] = _transfer(machine, size, mesh.tp * mesh.dp * mesh.cp, 2)

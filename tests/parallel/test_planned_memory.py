@@ -145,9 +145,11 @@ def kept(words: list[str]) -> tuple[int, int]:
         (1, ["model.layer_group_size=1"]),
         (1, ["model.mtp_num_layers=0"]),
         (2, TP2),
+        (2, [*TP2, "kernels.cross_entropy_chunk_tokens=64", "model.vocab_size=4096"]),
         (2, ["parallel.context_parallel_size=2"]),
+        (1, ["kernels.lightning=triton", "kernels.fused=triton"]),
     ],
-    ids=["hybrid", "softmax", "without_mtp", "tp2", "cp2"],
+    ids=["hybrid", "softmax", "without_mtp", "tp2", "tp2_chunks", "cp2", "triton"],
 )
 def test_what_is_kept_for_the_backward_pass_is_what_the_mixers_say(
     num_ranks: int, words: list[str], on_ranks: OnRanks

@@ -44,6 +44,44 @@ def test_all_ranks_together_hold_the_whole_state(words: list[str]) -> None:
     assert held * 2 // plan.mesh.pp >= sum(plan.state_bytes)
 
 
+HEAD_SIZES = ["model.vocab_size=32768", "train.seq_length=4096", "model.mtp_num_layers=1"]
+
+
+def test_chunks_of_logits_keep_no_logits() -> None:
+    chunked, full = (
+        peak(1, *HEAD_SIZES, f"kernels.cross_entropy={kind}") for kind in ("chunked", "full")
+    )
+    tokens = make_plan(tiny(*HEAD_SIZES), 1).batch.tokens_per_micro_batch
+    logits = tokens * 32768 * 4
+    hidden = tokens * 64 * 4
+    # Two heads: softmax, masks and hidden states of each against hidden states, label, log-sum-exp.
+    saved = full["output head"] - chunked["output head"]
+    assert saved == 2 * (logits + 17 * tokens - 12 * tokens)
+    # The gradient of the softmax and of the logits, or a chunk of 1024 tokens, twice as torch does.
+    at_work = 2 * logits - (2 * logits * 1024 // tokens + 2 * hidden + 64 * 4 * min(tokens, 5792))
+    assert full["one layer at work"] - chunked["one layer at work"] == at_work
+
+
+def test_a_larger_chunk_needs_more_and_a_row_within_it_is_not_cut() -> None:
+    words = [*HEAD_SIZES, "kernels.cross_entropy_chunk_tokens"]
+    sizes = [peak(1, *words[:-1], f"{words[-1]}={n}")["one layer at work"] for n in (256, 1024)]
+    assert sizes[0] < sizes[1]
+    whole = peak(1, *words[:-1], f"{words[-1]}=1000000")
+    assert whole == peak(1, *words[:-1], "kernels.cross_entropy=full")
+
+
+def test_forming_logits_again_takes_the_time_of_one_more_product() -> None:
+    seconds = []
+    for kind in ("chunked", "full"):
+        words = [*HEAD_SIZES, "machine=h100", "machine.memory_gb_per_s=1e12"]
+        plan = make_plan(tiny(*words, f"kernels.cross_entropy={kind}"), 1)
+        seconds.append(make_timing(plan).parts["output head"])
+    # Of two heads and the projection of one MTP depth, 3 products each: one more for each head.
+    vocab, h = 32768, 64
+    matrices = 2 * vocab + 2 * h
+    assert seconds[0] / seconds[1] == pytest.approx(1 + 2 * vocab / (3 * matrices), rel=1e-3)
+
+
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 6))
 def test_a_simulated_rank_keeps_what_is_said_to_be_in_flight(pp: int, vpp: int, m: int) -> None:
     if vpp > 1 and pp == 1:
