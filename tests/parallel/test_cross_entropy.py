@@ -125,3 +125,44 @@ def test_labels_outside_the_vocabulary_of_all_ranks_are_refused(on_ranks: OnRank
         assert "does not fit weight=(6, 8) torch.float32" in said["dtype"]
         assert "hidden=(4, 7)" in said["width"]
         assert "labels=(3,) does not match hidden=(4, 8)" in said["length"]
+
+
+def largest_tensor(chunk_tokens: int, frozen: bool) -> int:
+    """Return the elements of the largest tensor that losses and their backward pass make."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ring_train.model.cross_entropy import Chunks, chunked_cross_entropy
+
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in owned:
+                    self.found = max(self.found, x.untyped_storage().nbytes() // x.element_size())
+            return out
+
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    hidden = torch.randn(96, 8, requires_grad=True)
+    weight: Any = torch.randn(640, 8, requires_grad=not frozen)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(640, 8), False
+    owned = {x.untyped_storage().data_ptr() for x in (hidden, weight, weight.main_grad)}
+    with Largest() as largest:
+        losses = chunked_cross_entropy(
+            hidden, weight, torch.arange(96), Chunks(group, chunk_tokens)
+        )
+        losses.backward(torch.ones(96))
+    assert weight.grad_added_to_main_grad != frozen
+    assert bool(weight.main_grad.any()) != frozen
+    return largest.found
+
+
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk(on_ranks: OnRanks) -> None:
+    for frozen in (False, True):
+        assert on_ranks(1, largest_tensor, 12, frozen)[0] <= 12 * 640
+        assert on_ranks(1, largest_tensor, 96, frozen)[0] == 96 * 640
