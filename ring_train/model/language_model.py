@@ -7,6 +7,7 @@ normalisation belongs to the training step, which knows the global counts.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from ring_train.model.documents import Documents, make_documents
 from ring_train.model.head import OutputLayer
 from ring_train.model.mtp import MtpBlock
 from ring_train.model.norm import RMSNorm
+from ring_train.model.precision import without_fp8
 from ring_train.model.specs import make_layer_spec
 from ring_train.ops.rope import rotary_angles
 from ring_train.plan import Phase, Plan
@@ -190,13 +192,15 @@ class HybridLanguageModel(MegatronModule):
         After the final norm on the last stage. The first stage begins with the tokens [t], others
         with what `set_input_tensor` got.
         """
-        return self.decoder(
-            self.embed(tokens) if self.pre_process else None,
-            attention_mask=None,
-            rotary_pos_emb=inputs.angles,
-            packed_seq_params=inputs.documents,
-            padding_mask=inputs.padding_mask,
-        )
+        is_decoding = inputs.documents.decoding is not None
+        with without_fp8(self.decoder) if is_decoding else contextlib.nullcontext():
+            return self.decoder(
+                self.embed(tokens) if self.pre_process else None,
+                attention_mask=None,
+                rotary_pos_emb=inputs.angles,
+                packed_seq_params=inputs.documents,
+                padding_mask=inputs.padding_mask,
+            )
 
     def next_token_logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return the logits [m, v] fp32 (fp64) after m tokens of a row, on every rank of tp.

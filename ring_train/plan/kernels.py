@@ -5,6 +5,8 @@ from ring_train.config import (
     CrossEntropyKernel,
     ExpertKernel,
     Fp8,
+    Kernel,
+    LightningKernel,
     Precision,
     TokenDispatcher,
     TransformerImpl,
@@ -12,7 +14,7 @@ from ring_train.config import (
 from ring_train.plan.mesh import Mesh
 
 FP8_BLOCK = 128
-"""Channels of a block of the FP8 recipe."""
+"""Channels or tokens of a block of the FP8 recipe."""
 
 
 def kernel_problems(config: Config, mesh: Mesh) -> list[str]:
@@ -87,19 +89,35 @@ def _fp8_problems(config: Config, mesh: Mesh) -> list[str]:
         problems.append(
             f"kernels.fp8={kernels.fp8.value} needs kernels.transformer_impl=transformer_engine"
         )
-    widths = {
+    heads = model.num_attention_heads * model.kv_channels
+    row = config.train.micro_batch_size * config.train.seq_length
+    shares = mesh.cp * (mesh.tp if mesh.sequence_parallel else 1)
+    sizes = {
         "model.hidden_size": model.hidden_size,
+        "model.num_attention_heads * model.kv_channels over tp": heads / mesh.tp,
         "model.ffn_hidden_size over tp": model.ffn_hidden_size / mesh.tp,
+        "a rank's part of train.micro_batch_size * train.seq_length tokens": row / shares,
     }
     if model.num_moe_experts:
-        widths["model.moe_ffn_hidden_size over etp"] = model.moe_ffn_hidden_size / mesh.etp
-    for name, width in widths.items():
-        if width % FP8_BLOCK:
+        sizes["model.moe_ffn_hidden_size over etp"] = model.moe_ffn_hidden_size / mesh.etp
+    if model.moe_shared_expert_intermediate_size:
+        shared = model.moe_shared_expert_intermediate_size / mesh.tp
+        sizes["model.moe_shared_expert_intermediate_size over tp"] = shared
+    for name, size in sizes.items():
+        if size % FP8_BLOCK:
             problems.append(
-                f"kernels.fp8={kernels.fp8.value} works on blocks of {FP8_BLOCK} channels, but "
-                f"{name} is {width:g}; choose sizes and degrees that leave whole blocks"
+                f"kernels.fp8={kernels.fp8.value} works on blocks of {FP8_BLOCK} channels or "
+                f"tokens, but {name} is {size:g}; choose sizes and degrees that leave whole blocks"
             )
     return problems
+
+
+def uses_triton(choice: Kernel | LightningKernel, precision: Precision) -> bool:
+    """Return whether a kernel is Triton's where the run has its GPUs; `auto` is, but in fp32.
+
+    What `auto` takes on a CPU in bf16 keeps more, which no plan is made for.
+    """
+    return choice.value == "triton" or (choice.value == "auto" and precision is Precision.bf16)
 
 
 def keeps_all_logits(config: Config, row_tokens: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.parallel.test_checkpoint_layouts import (
     resume,
     train_and_save,
 )
+from tests.parallel.test_generation import PREFILL_TOKENS, SLOTS, generate
 from tests.parallel.test_gradients import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from tests.te.engine import models_as_on_a_gpu, with_engine
 
@@ -27,6 +29,7 @@ ENGINE = [*BF16, "kernels=transformer_engine"]
 FP8 = [
     *BF16,
     "kernels=fp8",
+    "train.seq_length=128",
     "model.hidden_size=128",
     "model.kv_channels=32",
     "model.ffn_hidden_size=256",
@@ -174,10 +177,11 @@ def test_the_parts_are_put_together_as_in_the_local_path(
         assert not {name: error for name, error in errors.items() if error > GRADIENT_TOLERANCE}
 
 
-def fp8_by_module(overrides: list[str]) -> dict[str, set[bool]]:
-    """Return {module: whether its forward ran with FP8 switched on}, of one training forward."""
+def fp8_by_module(overrides: list[str], *, generates: bool = False) -> dict[str, set[bool]]:
+    """Return {module: whether its forward ran with FP8 on}, of a training forward or generation."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+    from ring_train.generation import Generator, Sampling
     from ring_train.model import build
     from ring_train.runtime.distributed import start_runtime
     from tests.parallel.streams import make_micro_batches
@@ -185,27 +189,44 @@ def fp8_by_module(overrides: list[str]) -> dict[str, set[bool]]:
     plan = short_plan(overrides)
     found: dict[str, set[bool]] = {}
     with start_runtime(plan) as groups, models_as_on_a_gpu():
-        (chunk,) = build.build_model(plan, groups.collection)
-        for name, module in chunk.module.named_modules():
+        model = build.build_model(plan, groups.collection)
+        for name, module in model[0].module.named_modules():
 
             def note(*_: Any, name: str = name) -> None:
                 found.setdefault(name, set()).add(FP8GlobalStateManager.is_fp8_enabled())
 
             module.register_forward_pre_hook(note)
-        chunk(make_micro_batches(plan, 0, 0)[0]).sum().backward()
+        if generates:
+            generator = Generator(plan, model, groups, max_batch_size=2, max_prefill_tokens=8)
+            generator.generate([[1, 2, 3]], Sampling(max_new_tokens=2, stop_tokens=()))
+        else:
+            model[0](make_micro_batches(plan, 0, 0)[0]).sum().backward()
     return found
 
 
 @pytest.mark.parametrize("recompute", [[], RECOMPUTED], ids=["kept", "recomputed"])
-def test_fp8_is_on_in_every_layer_and_nowhere_else(
-    recompute: list[str], on_ranks: OnRanks
-) -> None:
+def test_fp8_is_on_in_every_layer_and_nowhere_else(recompute: list[str], on_ranks: OnRanks) -> None:
     found = on_ranks(1, with_engine, fp8_by_module, [*FP8, *recompute])[0]
     inside = {name for name in found if ".layers." in name and ".transformer_layer" in name}
     inside |= {name for name in found if name.startswith("decoder.layers.")}
     assert {name for name, states in found.items() if states == {True}} == inside
     outside = {"embedding", "output_layer", "decoder.final_layernorm", "mtp.layers.0.eh_proj"}
     assert outside <= {name for name, states in found.items() if states == {False}}
+
+
+def test_fp8_is_off_in_generation(on_ranks: OnRanks) -> None:
+    generation = partial(fp8_by_module, FP8, generates=True)
+    found = on_ranks(1, with_engine, generation)[0]
+    assert {name.split(".")[0] for name in found if name} == {"embedding", "decoder"}
+    assert all(states == {False} for states in found.values())
+
+
+def test_what_is_generated_is_that_of_the_local_path(fp64: None, on_ranks: OnRanks) -> None:
+    arguments = SLOTS, PREFILL_TOKENS
+    (expected,) = on_ranks(1, generate, LOCAL, *arguments)
+    (found,) = on_ranks(1, with_engine, generate, ENGINE, *arguments)
+    for answers, others in zip(expected, found, strict=True):
+        assert [answer.tokens for answer in answers] == [other.tokens for other in others]
 
 
 @pytest.mark.parametrize(
