@@ -8,6 +8,7 @@ normalisation belongs to the training step, which knows the global counts.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -112,7 +113,7 @@ class HybridLanguageModel(MegatronModule):
             config,
             TransformerBlockSubmodules(
                 layer_specs=[make_layer_spec(plan, config, i) for i in plan.pipeline.stages[stage]],
-                layer_norm=RMSNorm,
+                layer_norm=partial(RMSNorm, backend=plan.config.kernels.fused.value),
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -122,7 +123,7 @@ class HybridLanguageModel(MegatronModule):
         if self.has_mtp:
             depths = range(plan.layers.num_mtp)
             layers = [make_layer_spec(plan, config, model.num_layers + depth) for depth in depths]
-            self.mtp = MtpBlock(config, layers, groups)
+            self.mtp = MtpBlock(config, layers, groups, plan.config.kernels.fused.value)
         if self.post_process:
             assert config.init_method is not None
             self.output_layer = OutputLayer(

@@ -29,6 +29,7 @@ class MtpLayer(torch.nn.Module):
         layer: ModuleSpec,
         depth: int,
         groups: ProcessGroupCollection,
+        backend: str,
     ) -> None:
         super().__init__()
         self.config, self.groups = config, groups
@@ -36,8 +37,8 @@ class MtpLayer(torch.nn.Module):
         self.recompute = config.recompute_granularity == "full"
         hidden, eps = config.hidden_size, config.layernorm_epsilon
         assert config.init_method is not None
-        self.enorm = RMSNorm(config, hidden, eps)
-        self.hnorm = RMSNorm(config, hidden, eps)
+        self.enorm = RMSNorm(config, hidden, eps, backend)
+        self.hnorm = RMSNorm(config, hidden, eps, backend)
         self.eh_proj = tensor_parallel.ColumnParallelLinear(
             2 * hidden,
             hidden,
@@ -50,7 +51,7 @@ class MtpLayer(torch.nn.Module):
         self.transformer_layer: Any = build_module(
             layer, config=config, layer_number=depth, pg_collection=groups, is_mtp_layer=True
         )
-        self.final_layernorm = RMSNorm(config, hidden, eps)
+        self.final_layernorm = RMSNorm(config, hidden, eps, backend)
 
     @property
     def mtp_model_layer(self) -> torch.nn.Module:
@@ -113,9 +114,14 @@ class MtpBlock(torch.nn.Module):
     """The MTP layers of the last pipeline stage, depth 1 first."""
 
     def __init__(
-        self, config: TransformerConfig, layers: list[ModuleSpec], groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        layers: list[ModuleSpec],
+        groups: ProcessGroupCollection,
+        backend: str,
     ) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(
-            MtpLayer(config, layer, depth, groups) for depth, layer in enumerate(layers, start=1)
+            MtpLayer(config, layer, depth, groups, backend)
+            for depth, layer in enumerate(layers, start=1)
         )

@@ -87,7 +87,9 @@ def _engine(plan: Plan) -> Any:
 def _norm_before(mixer: str, plan: Plan) -> Any:
     """Return the builder of the norm in front of a mixer."""
     engine = _engine(plan)
-    return RMSNorm if engine is None else engine.norm_before(mixer)
+    if engine is not None:
+        return engine.norm_before(mixer)
+    return partial(RMSNorm, backend=plan.config.kernels.fused.value)
 
 
 def _attention_submodules(plan: Plan, mixer: str) -> SelfAttentionSubmodules:
@@ -138,21 +140,13 @@ def dense_spec(plan: Plan, config: TransformerConfig) -> partial[MLP]:
 def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]:
     """Return the builder of the mixture of experts: router, experts, shared expert."""
     shared = plan.config.model.moe_shared_expert_intermediate_size
-    engine = _engine(plan)
-    experts: Any
-    if engine is not None:
-        experts = partial(TEGroupedMLP, submodules=engine.expert_submodules())
-    elif are_grouped(plan, config):
-        experts = GroupedExperts
-    else:
-        experts = partial(Experts, submodules=_mlp_submodules(plan, "experts"))
     return partial(
         MixtureOfExperts,
         submodules=MoESubmodules(
             router=partial(
                 ExpertRouter, model=plan.config.model, backend=plan.config.kernels.fused.value
             ),
-            experts=experts,
+            experts=_experts(plan, config),
             shared_experts=(
                 partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))
                 if shared
@@ -160,6 +154,16 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]
             ),
         ),
     )
+
+
+def _experts(plan: Plan, config: TransformerConfig) -> Any:
+    """Return the builder of the routed experts."""
+    engine = _engine(plan)
+    if engine is not None:
+        return partial(TEGroupedMLP, submodules=engine.expert_submodules())
+    if are_grouped(plan, config):
+        return GroupedExperts
+    return partial(Experts, submodules=_mlp_submodules(plan, "experts"))
 
 
 def _mlp_submodules(plan: Plan, part: str) -> MLPSubmodules:

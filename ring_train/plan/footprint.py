@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from ring_train.config import ModelConfig
 from ring_train.plan.mesh import Mesh
 
-STATE_CHUNK = 64
-"""Tokens of a chunk of lightning attention, of which each keeps one state of every head."""
 FP32 = 4
 INT64 = 8
 
@@ -51,6 +49,12 @@ class Rows:
     """Of an activation."""
     expert_imbalance: float
     """Tokens of the busiest rank's experts over the mean."""
+    is_fused: bool
+    """Norms, rotation and gates keep their inputs alone, see `ring_train.plan.kernels`."""
+    state_chunk: int
+    """Tokens of a chunk of lightning attention, of which each keeps one state of every head."""
+    state_element_bytes: int
+    """Of such a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +125,14 @@ def gqa_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
     wide = query + 2 * key  # qkv, of which the value is a view
     wide += query + key + query  # rotated query and key; input of the output projection
     norms = 0
-    if model.qk_layernorm:
+    if rows.is_fused:
+        wide += key  # the value is apart as well
+    elif model.qk_layernorm:
         wide += query + key
         norms = FP32 * (query + heads + groups) + _upcast(rows, key)
     gathered = 2 * key * a * t * (mesh.cp - 1)  # keys and values of the other context ranks
     return Kept(
-        rest=t * (a * wide + norms + _angles(model, rows))
+        rest=t * (a * wide + norms + (0 if rows.is_fused else _angles(model, rows)))
         + rows.sharded_tokens * a * model.hidden_size,
         modules={"core_attn": t * (a * query + FP32 * heads)},
         transient=t * a * 3 * query + gathered,
@@ -134,21 +140,28 @@ def gqa_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
 
 
 def lightning_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
-    """Return what lightning attention keeps: as softmax, gate, its norm, and chunk states."""
+    """Return what lightning attention keeps: as softmax, gate, its norm, and chunk states.
+
+    States at the seams of segments are left out: there are a few hundred in all.
+    """
     heads, d = model.num_attention_heads // mesh.tp, model.kv_channels
     width = heads * d
-    count = 3 + 2 + 1  # qkv; rotated query and key; output projection
-    count += 3 if model.linear_silu else 0
-    # The gate, its product and the norm between them are computed in fp32.
-    norms = FP32 * (4 * width + max(1, model.group_norm_size // mesh.tp))
-    if model.qk_layernorm:
-        count += 2
-        norms += 2 * FP32 * heads + _upcast(rows, 2 * width)
     a, t = rows.element_bytes, rows.tokens
-    states = heads * -(-t // STATE_CHUNK) * d * d * FP32
+    if rows.is_fused:
+        # qkv; query, key and value; output, gate and their product.
+        per_token = a * (3 + 3 + 3) * width
+    else:
+        count = 3 + 2 + 1  # qkv; rotated query and key; output projection
+        # The gate, its product and the norm between them are computed in fp32.
+        norms = FP32 * (4 * width + max(1, model.group_norm_size // mesh.tp))
+        if model.qk_layernorm:
+            count += 2
+            norms += 2 * FP32 * heads + _upcast(rows, 2 * width)
+        per_token = a * count * width + norms + _angles(model, rows)
+    per_token += 3 * a * width if model.linear_silu else 0
+    states = heads * -(-t // rows.state_chunk) * d * d * rows.state_element_bytes
     return Kept(
-        rest=t * (a * count * width + norms + _angles(model, rows))
-        + rows.sharded_tokens * a * model.hidden_size,
+        rest=t * per_token + rows.sharded_tokens * a * model.hidden_size,
         modules={"core_attn": states},
         transient=t * a * 4 * width + 2 * states,
     )

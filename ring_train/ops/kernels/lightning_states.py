@@ -95,7 +95,7 @@ def chunk_size_for(x: Tensor) -> int:
     return 128 if hopper and x.dtype == torch.bfloat16 else 64
 
 
-@tuned(("D", "DV", "num_heads"), (4, 3), (8, 2), (8, 3), (4, 4), first=(4, 2))
+@tuned(("D", "DV", "num_heads"), (8, 3), (4, 2), (4, 3), (4, 4), first=(8, 2))
 @triton.jit
 def _states_kernel(
     a,
