@@ -30,6 +30,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         [*TP2, "parallel.expert_tensor_parallel_size=2"],
     ),
 }
+TRITON = ["kernels.lightning=triton", "kernels.fused=triton", "model.layer_group_size=2"]
+"""In Triton's interpreter."""
 WIDE = [
     *("model.hidden_size=128", "model.ffn_hidden_size=256", "model.kv_channels=32"),
     *("train.seq_length=256", "train.micro_batch_size=1", "train.global_batch_size=1"),
@@ -147,7 +149,7 @@ def kept(words: list[str]) -> tuple[int, int]:
         (2, TP2),
         (2, [*TP2, "kernels.cross_entropy_chunk_tokens=64", "model.vocab_size=4096"]),
         (2, ["parallel.context_parallel_size=2"]),
-        (1, ["kernels.lightning=triton", "kernels.fused=triton"]),
+        (1, [*TRITON, "model.num_layers=2", "model.mtp_num_layers=0", "train.seq_length=64"]),
     ],
     ids=["hybrid", "softmax", "without_mtp", "tp2", "tp2_chunks", "cp2", "triton"],
 )
