@@ -12,13 +12,16 @@ INSTALLED_HF457 := .venv-hf457/.installed
 LM_EVAL := .venv-lm-eval/bin/lm_eval
 INSTALLED_LM_EVAL := .venv-lm-eval/.installed
 INSTALLED_SERVING := .venv-serving/.installed
+TE := .venv-te/bin/python
+INSTALLED_TE := .venv-te/.installed
+PACKAGES := lib/python3.12/site-packages
 
 # One thread a rank, and nothing is downloaded while anything runs.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-sft test test-unit test-crash test-gpu test-layouts test-hf457 test-lm-eval test-serving test-slurm chaos bench-data lint check
+.PHONY: help install demo demo-sft test test-unit test-crash test-gpu test-layouts test-hf457 test-lm-eval test-serving test-te test-slurm chaos bench-data lint check
 
 help:  ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -99,6 +102,21 @@ $(INSTALLED_SERVING): requirements/serving.txt tools/vllm_ring_linear/pyproject.
 	    $(UV) pip sync --quiet --compile-bytecode --python $(SERVING) requirements/serving.txt
 	$(UV) pip install --quiet --python $(SERVING) --no-deps --no-build-isolation \
 	    --editable tools/vllm_ring_linear
+	@touch $@
+
+test-te: $(INSTALLED_TE)  ## Transformer Engine's real modules without a GPU, in an environment of its own (TE_WHEEL=PATH, or it builds 8 minutes)
+	$(TE) -m pytest -c tests/te/pytest.ini --rootdir . tests/te
+
+# Only what it adds to .venv, which it sees through a path file, so that torch and megatron-core are
+# those of all other tests. It looks for CUDA's libraries beside itself: the link.
+$(INSTALLED_TE): requirements/te.txt requirements/te_torch.txt tools/build_te.sh $(INSTALLED)
+	[ -x $(TE) ] || $(UV) venv --quiet --no-project --python $(PYTHON) .venv-te
+	$(UV) pip sync --quiet --python $(TE) requirements/te.txt
+	echo "import site; site.addsitedir('$(CURDIR)/.venv/$(PACKAGES)')" > .venv-te/$(PACKAGES)/venv.pth
+	ln -sfn $(CURDIR)/.venv/$(PACKAGES)/nvidia .venv-te/$(PACKAGES)/nvidia
+	[ -n "$(TE_WHEEL)" ] || [ -n "$$(ls .venv-te/wheels 2>/dev/null)" ] || \
+	    tools/build_te.sh $(TE) .venv-te/wheels
+	$(UV) pip install --quiet --python $(TE) --no-deps $(or $(TE_WHEEL),.venv-te/wheels/*.whl)
 	@touch $@
 
 lint: $(INSTALLED)  ## format, lint, types and import layers

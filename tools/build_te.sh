@@ -9,7 +9,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-python=$1 folder=$2
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") folder=$2
 
 if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
     # What it says itself: on the PATH may be a script that calls it.

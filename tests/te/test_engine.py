@@ -68,7 +68,8 @@ def tensors(overrides: list[str]) -> dict[str, Any]:
 
     plan = short_plan(overrides)
     with start_runtime(plan) as groups, models_as_on_a_gpu():
-        model = build.build_model(plan, groups.collection)
+        items = list(local_tensors(build.build_model(plan, groups.collection)))
+        assert len({item.name for item in items}) == len(items), "a name is given twice"
         return {
             item.name: {
                 "full shape": item.full_shape,
@@ -80,7 +81,7 @@ def tensors(overrides: list[str]) -> dict[str, Any]:
                 "allreduce": getattr(item.owner, "allreduce", True),
                 "value": item.tensor.detach().float().numpy().tobytes(),
             }
-            for item in local_tensors(model)
+            for item in items
         }
 
 
