@@ -97,9 +97,16 @@ def assert_close_by_name(
         assert float(error) <= tolerance, f"{name}: {float(error):.1e} of the largest value"
 
 
-@pytest.mark.parametrize("programs", PROGRAMS)
 @pytest.mark.parametrize(
-    "lengths", [(1,), (33,), (150,), (32, 64), (5, 20, 1, 1, 40, 70, 3), (31, 66, 2)]
+    ("lengths", "programs"),
+    [
+        ((1,), "one segment"),
+        ((33,), "a chunk a segment"),
+        ((150,), "two chunks a segment"),
+        ((32, 64), "a chunk a segment"),
+        ((31, 66, 2), "one segment"),
+        *(((5, 20, 1, 1, 40, 70, 3), name) for name in PROGRAMS),
+    ],
 )
 def test_values_and_gradients_equal_the_recurrence(
     lengths: tuple[int, ...], programs: str, monkeypatch: pytest.MonkeyPatch
