@@ -7,12 +7,13 @@ its shards, and then torch is imported). Exits 0 for a legal plan and 2,
 with every problem on standard error, for an illegal one.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ring_train.config import DryRunConfig, ParallelConfig, RecomputeMethod
+from ring_train.config import DryRunConfig, KernelsConfig, ParallelConfig, RecomputeMethod
 from ring_train.errors import UserError
 from ring_train.jobs.machine_table import Row, machine_rows
 from ring_train.jobs.run_config import run_config
@@ -106,6 +107,7 @@ def _mesh_rows(plan: Plan) -> list[Row]:
         ("ranks", f"{mesh.world_size} = {dense} (experts: {experts})"),
         ("sharding", chosen),
         ("recomputed", _recomputed(parallel)),
+        ("kernels", _kernels(plan.config.kernels)),
         *_named("stages", (_stage(plan, i) for i in range(len(plan.pipeline.stages)))),
         *_busiest_rank(plan),
     ]
@@ -120,6 +122,13 @@ def _recomputed(parallel: ParallelConfig) -> str:
     if parallel.recompute_method is RecomputeMethod.uniform:
         return f"all layers, in groups of {parallel.recompute_num_layers}, and MTP"
     return f"the first {parallel.recompute_num_layers} layers of each stage, and MTP"
+
+
+def _kernels(kernels: KernelsConfig) -> str:
+    """Return the choices of kernels that are not the default ones."""
+    chosen = dataclasses.asdict(kernels).items()
+    default = dataclasses.asdict(KernelsConfig())
+    return ", ".join(f"{k} {v}" for k, v in chosen if v != default[k]) or "standard"
 
 
 def _stage(plan: Plan, stage: int) -> str:

@@ -37,17 +37,19 @@ def test_the_table_shows_what_a_reader_asks_for(capsys: pytest.CaptureFixture[st
         "3: layers 30-31, output, 1 MTP  (2, 0.96 of the mean cost)",
         "104,181,665,536 (104.2B)",
         "261 micro batches of 1 per rank",
+        "kernels         standard",
     ):
         assert part in shown
     assert max(len(line) for line in shown.splitlines()) <= 120
 
 
-def test_the_table_shows_chunks_recomputation_and_overlap(
+def test_the_table_shows_chunks_recomputation_overlap_and_kernels(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["model=ring_mini_linear_2_0", "parallel=pp2", "parallel.overlap_grad_reduce=true"]
     words += ["parallel.virtual_pipeline_model_parallel_size=2"]
     words += ["parallel.recompute_granularity=full", "parallel.recompute_method=block"]
+    words += ["kernels.lightning=torch", "kernels.experts=sequential"]
     assert main([*words, "parallel.recompute_num_layers=2"]) == 0
     shown = capsys.readouterr().out
     for part in (
@@ -56,6 +58,7 @@ def test_the_table_shows_chunks_recomputation_and_overlap(
         "busiest: rank 1, 1.00 of the mean cost",
         "recomputed      the first 2 layers of each stage, and MTP",
         "sharding        overlapped gradient reduction",
+        "kernels         lightning torch, experts sequential",
     ):
         assert part in shown
 
