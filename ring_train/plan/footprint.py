@@ -11,6 +11,10 @@ from ring_train.plan.mesh import Mesh
 
 FP32 = 4
 INT64 = 8
+STATE_PROGRAMS = 264
+"""PROGRAMS of ring_train.ops.kernels.lightning_states."""
+STATE_COLUMNS = 64
+"""Channels of a value that one program of the pass over states holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class Rows:
     """Tokens of a chunk of lightning attention, of which each keeps one state of every head."""
     state_element_bytes: int
     """Of such a state."""
+    state_programs: int
+    """That the pass over states is cut for; each segment keeps one more state. 0: no segments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +146,7 @@ def gqa_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
 
 
 def lightning_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
-    """Return what lightning attention keeps: as softmax, gate, its norm, and chunk states.
-
-    States at the seams of segments are left out: there are a few hundred in all.
-    """
+    """Return what lightning attention keeps: as softmax, gate, its norm, and chunk states."""
     heads, d = model.num_attention_heads // mesh.tp, model.kv_channels
     width = heads * d
     a, t = rows.element_bytes, rows.tokens
@@ -159,12 +162,23 @@ def lightning_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
             norms += 2 * FP32 * heads + _upcast(rows, 2 * width)
         per_token = a * count * width + norms + _angles(model, rows)
     per_token += 3 * a * width if model.linear_silu else 0
-    states = heads * -(-t // rows.state_chunk) * d * d * rows.state_element_bytes
+    chunks = -(-t // rows.state_chunk)
+    segments = _segments(chunks, heads * -(-d // STATE_COLUMNS), rows.state_programs)
+    states = heads * (chunks + segments) * d * d * rows.state_element_bytes
     return Kept(
         rest=t * per_token + rows.sharded_tokens * a * model.hidden_size,
         modules={"core_attn": states},
         transient=t * a * 4 * width + 2 * states,
     )
+
+
+def _segments(chunks: int, programs: int, wanted: int) -> int:
+    """Return the segments of a row, see `make_states` of ring_train.ops.kernels; 0 for one."""
+    if not wanted:
+        return 0
+    each = -(-chunks // min(chunks, -(-wanted // programs)))
+    count = -(-chunks // each)
+    return count if count > 1 else 0
 
 
 def _mlp_kept(tokens: float, rows: Rows, hidden: int, inner: int) -> int:

@@ -21,7 +21,7 @@ from ring_train.config import (
 )
 from ring_train.config.choices import Kernel, RecomputeMethod
 from ring_train.plan.cost import WEIGHT_BYTES
-from ring_train.plan.footprint import FP32, INT64, Kept, RankWeights, Rows
+from ring_train.plan.footprint import FP32, INT64, STATE_PROGRAMS, Kept, RankWeights, Rows
 from ring_train.plan.kernels import keeps_all_logits, uses_triton
 from ring_train.plan.lora import PROJECTIONS
 from ring_train.plan.mesh import Mesh
@@ -137,6 +137,7 @@ def rank_rows(config: Config, mesh: Mesh, batch: BatchPlan) -> Rows:
         # As `chunk_size_for` of ring_train.ops.kernels has it on a Hopper, and torch.
         state_chunk=(32 if is_wide else 128) if has_kernels else 64,
         state_element_bytes=2 if has_kernels and not is_wide else FP32,
+        state_programs=STATE_PROGRAMS if has_kernels else 0,
     )
 
 

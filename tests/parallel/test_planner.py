@@ -16,6 +16,12 @@ LONG = ["train.seq_length=350", "model.max_position_embeddings=4096"]
 BF16 = ["train.precision=bf16", "kernels.lightning=torch", "kernels.fused=torch"]
 """Plans in bf16 are made for a GPU, where `auto` is Triton; this is a CPU."""
 
+TRITON = [
+    *("kernels.lightning=triton", "kernels.fused=triton", "train.seq_length=70"),
+    *("model.num_layers=2", "model.layer_group_size=2", "model.mtp_num_layers=0"),
+]
+"""In Triton's interpreter."""
+
 
 def held(words: list[str]) -> dict[str, int]:
     """Return bytes of this rank: those that are there, and those that were predicted."""
@@ -55,7 +61,9 @@ def held(words: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "words", [LONG, [*LONG, *WIDE], [*LONG, *BF16], [*LONG, *WIDE, *BF16]], ids=" ".join
+    "words",
+    [LONG, [*LONG, *WIDE], [*LONG, *BF16], [*LONG, *WIDE, *BF16], TRITON],
+    ids=" ".join,
 )
 def test_one_rank_keeps_what_is_predicted(on_ranks: OnRanks, words: list[str]) -> None:
     found = on_ranks(1, held, words)[0]
