@@ -5,6 +5,7 @@ a test on two ranks costs about a second. Only tests that ask for `on_ranks` pay
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -174,6 +175,8 @@ def _child(
     """Run one rank, tell the result and wait to be killed: no teardown or atexit of the parent."""
     stacks = _stack_file(store, rank).open("w")
     faulthandler.register(signal.SIGUSR1, stacks)
+    # Garbage of the parent must not be finalised here: it may wait for a thread that is not forked.
+    gc.freeze()
     try:
         payload = pickle.dumps((True, _run_in_world(rank, num_ranks, store, body)))
     except BaseException:
