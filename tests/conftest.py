@@ -205,4 +205,6 @@ def _run_in_world(rank: int, num_ranks: int, store: Path, body: Callable[[], Any
         LOCAL_WORLD_SIZE=str(num_ranks),
     )
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    # Some bodies leave this world at once: not while another rank is still connecting to them.
+    dist.barrier()
     return body()

@@ -125,9 +125,13 @@ def _make_groups(plan: "Plan") -> Groups:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(plan.config.seed, force_reset_rng=True)
     collection = ProcessGroupCollection.use_mpu_process_groups()
+    agreement = Agreement(_control_group(), stages=mesh.pp, stage=collection.pp.rank())
+    # Making a gloo group ends on a rank when it is connected itself: if it then leaves at once, one
+    # that is slower finds the connection closed. Nobody passes here before all groups are there.
+    agreement.any(False)
     return Groups(
         collection=collection,
-        agreement=Agreement(_control_group(), stages=mesh.pp, stage=collection.pp.rank()),
+        agreement=agreement,
         device=local_device(),
         rank=dist.get_rank(),
         world_size=mesh.world_size,

@@ -86,6 +86,8 @@ def start_ranks() -> Iterator[Ranks]:
     owned = not dist.is_initialized()
     if owned:
         dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+        # Else a rank that fails at once closes connections that a slower one is still making.
+        dist.barrier()
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,6 +59,29 @@ def test_one_world_serves_several_layouts(on_ranks: OnRanks) -> None:
     first, second = on_ranks(2, two_layouts_one_after_the_other)
     assert first == [0] * 9
     assert second == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def enter_while_one_rank_is_late(marker: Path) -> bool:
+    """Return whether rank 0, which is the last to make its groups, had made them."""
+    from ring_train.runtime import distributed
+
+    make_group = distributed._control_group
+
+    def make_late() -> dist.ProcessGroup:
+        group = make_group()
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+            marker.touch()
+        return group
+
+    distributed._control_group = make_late
+    with distributed.start_runtime(make_plan(2)):
+        return marker.exists()
+
+
+def test_no_rank_may_leave_while_another_connects(on_ranks: OnRanks, tmp_path: Path) -> None:
+    """Gloo fails on the slower one: connection closed by peer."""
+    assert on_ranks(2, enter_while_one_rank_is_late, tmp_path / "made") == [True, True]
 
 
 def job_that_fails(port: int, only_rank: int | None) -> tuple[int, str]:
