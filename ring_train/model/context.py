@@ -49,15 +49,13 @@ def context_lightning_attention(
     assert row is not None
     dtype, scale = compute_dtype(query.dtype), query.shape[2] ** -0.5
     rates = slopes.detach().double()
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    sizes = [sum(piece.length for piece in pieces) for pieces in row.pieces]
-    lasts = [pieces[-1].length for pieces in row.pieces]
-    runs = zip(k.split(sizes), v.split(sizes), lasts, strict=True)
-    states = torch.stack([run_state(key[-n:], value[-n:], rates) for key, value, n in runs])
-    incoming = _Exchange.apply(
-        states, transfer_weights(rates, row.distances, dtype), row, group
-    )  # [own, n/tp, d, dv]
-    if lightning_backend(backend, query) != "torch":
+    has_kernels = lightning_backend(backend, query) != "torch"
+    # torch takes what is widened once; kernels take rows as they are, and the last pieces are wide.
+    k, v = (key, value) if has_kernels else (key.to(dtype), value.to(dtype))
+    weights = transfer_weights(rates, row.distances, dtype)
+    states = _outgoing_states(k, v, rates, row)
+    incoming = _Exchange.apply(states, weights, row, group)  # [own, n/tp, d, dv]
+    if has_kernels:
         # Kernels read the states themselves, and round the output once.
         output, _ = lightning_attention(
             *(query, key, value, slopes),
@@ -68,6 +66,7 @@ def context_lightning_attention(
             backend=backend,
         )
         return output
+    q = query.to(dtype)
     output, _ = lightning_attention(
         *(q, k, v, slopes),
         cu_seqlens=documents.cu_seqlens_q,
@@ -83,6 +82,17 @@ def context_lightning_attention(
         parts[number] = parts[number] + read_state(queries[number] * scale, state, rates)
         number += len(pieces)
     return torch.cat(parts).to(query.dtype)
+
+
+def _outgoing_states(
+    key: torch.Tensor, value: torch.Tensor, rates: torch.Tensor, row: ContextRow
+) -> torch.Tensor:
+    """Return [own, n/tp, d, dv]: what the last document of each segment adds to a state."""
+    dtype = compute_dtype(key.dtype)
+    sizes = [sum(piece.length for piece in pieces) for pieces in row.pieces]
+    lasts = [pieces[-1].length for pieces in row.pieces]
+    runs = zip(key.split(sizes), value.split(sizes), lasts, strict=True)
+    return torch.stack([run_state(k[-n:].to(dtype), v[-n:].to(dtype), rates) for k, v, n in runs])
 
 
 def _initial_states(incoming: torch.Tensor, row: ContextRow) -> torch.Tensor:

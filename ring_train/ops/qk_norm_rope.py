@@ -69,7 +69,8 @@ def split_qk_norm_rope(
     q, k, v = qkv.flatten(2).split([(slots - 2) * d, d, d], dim=2)
     q = q.reshape(t, g * (slots - 2), d)  # [t, n, d]
     if weights is not None:
-        q, k = rms_norm(q, weights[0], eps), rms_norm(k, weights[1], eps)
+        q = rms_norm(q, weights[0], eps, backend="torch")
+        k = rms_norm(k, weights[1], eps, backend="torch")
     return apply_partial_rope(q, cos, sin), apply_partial_rope(k, cos, sin), v
 
 

@@ -12,9 +12,8 @@ from ring_train.plan.mesh import Mesh
 FP32 = 4
 INT64 = 8
 STATE_PROGRAMS = 264
-"""PROGRAMS of ring_train.ops.kernels.lightning_states."""
 STATE_COLUMNS = 64
-"""Channels of a value that one program of the pass over states holds."""
+"""PROGRAMS and MAX_COLUMNS of ring_train.ops.kernels.lightning_states; a test holds them equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +154,13 @@ def lightning_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
         per_token = a * (3 + 3 + 3) * width
     else:
         count = 3 + 2 + 1  # qkv; rotated query and key; output projection
+        count += 3 if model.linear_silu else 0
         # The gate, its product and the norm between them are computed in fp32.
         norms = FP32 * (4 * width + max(1, model.group_norm_size // mesh.tp))
         if model.qk_layernorm:
             count += 2
             norms += 2 * FP32 * heads + _upcast(rows, 2 * width)
         per_token = a * count * width + norms + _angles(model, rows)
-    per_token += 3 * a * width if model.linear_silu else 0
     chunks = -(-t // rows.state_chunk)
     segments = _segments(chunks, heads * -(-d // STATE_COLUMNS), rows.state_programs)
     states = heads * (chunks + segments) * d * d * rows.state_element_bytes

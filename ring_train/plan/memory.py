@@ -19,7 +19,7 @@ from ring_train.config import (
     Precision,
     RecomputeGranularity,
 )
-from ring_train.config.choices import Kernel, RecomputeMethod
+from ring_train.config.choices import RecomputeMethod
 from ring_train.plan.cost import WEIGHT_BYTES
 from ring_train.plan.footprint import FP32, INT64, STATE_PROGRAMS, Kept, RankWeights, Rows
 from ring_train.plan.kernels import keeps_all_logits, uses_triton
@@ -343,7 +343,7 @@ def _head_bytes(plan: Plan, rows: Rows) -> tuple[int, int]:
         passing = logits * a + t * h * a + hidden
         if plan.lora is None:
             passing += min(t, isqrt(logits)) * h * FP32
-        if a == FP32 or config.kernels.fused is Kernel.torch:
+        if not rows.is_fused:
             # torch computes exponentials beside the logits, and widens them before.
             passing += logits * (FP32 + (FP32 if a < FP32 else 0))
     each = kept + norm_bytes(config.model, rows)

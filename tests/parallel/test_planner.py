@@ -21,6 +21,8 @@ TRITON = [
     *("model.num_layers=2", "model.layer_group_size=2", "model.mtp_num_layers=0"),
 ]
 """In Triton's interpreter."""
+SILU = "model.linear_silu=true"
+"""The kernel that splits heads applies it."""
 
 
 def held(words: list[str]) -> dict[str, int]:
@@ -62,7 +64,7 @@ def held(words: list[str]) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "words",
-    [LONG, [*LONG, *WIDE], [*LONG, *BF16], [*LONG, *WIDE, *BF16], TRITON],
+    [LONG, [*LONG, *WIDE], [*LONG, *BF16], [*LONG, *WIDE, *BF16], TRITON, [*TRITON, SILU]],
     ids=" ".join,
 )
 def test_one_rank_keeps_what_is_predicted(on_ranks: OnRanks, words: list[str]) -> None:

@@ -39,6 +39,8 @@ from ring_train.ops.kernels.lightning_tiles import (
 
 MAX_HEAD_DIM = 128
 """Both operands of a chunk must fit in shared memory."""
+MAX_COLUMNS = 64
+"""Channels of a value that one program of pass 1 holds."""
 PROGRAMS = 264
 """Programs that pass 1 cuts a row for: two for each multiprocessor of an H100. A constant, so that
 segments, and with them rounding, are the same on every device."""
@@ -298,7 +300,7 @@ def make_states(
         reverse: from the end of the row to its start.
     """
     (num_tokens, heads, d), dv = a.shape, b.shape[2]
-    block_v = min(padded(dv), 64)
+    block_v = min(padded(dv), MAX_COLUMNS)
     columns = -(-dv // block_v)
     chunks = -(-num_tokens // row.chunk_size)
     segments, chunks_per_segment = _segments(chunks, heads * columns)

@@ -103,6 +103,7 @@ def assert_close_by_name(
         ((1,), "one segment"),
         ((33,), "a chunk a segment"),
         ((150,), "two chunks a segment"),
+        ((32, 64), "one segment"),
         ((32, 64), "a chunk a segment"),
         ((31, 66, 2), "one segment"),
         *(((5, 20, 1, 1, 40, 70, 3), name) for name in PROGRAMS),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ring_train.ops import norm
 from ring_train.ops.kernels import qk_norm_rope as kernels
 from ring_train.ops.norm import rms_norm
 from ring_train.ops.qk_norm_rope import split_qk_norm_rope
@@ -84,6 +85,19 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], relative: 
     for name, x in found.items():
         error = (x.double() - wanted[name].double()).abs().max()
         assert error <= relative * wanted[name].abs().max(), (name, float(error))
+
+
+def test_torch_takes_the_norms_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the fastest that the device has: it is what Triton is held to there."""
+    asked = []
+
+    def resolve(backend: str, x: Tensor) -> str:
+        asked.append(backend)
+        return "torch"
+
+    monkeypatch.setattr(norm, "resolve_backend", resolve)
+    run(make_inputs(CASES["grouped queries"], torch.float32), backend="torch")
+    assert asked == ["torch", "torch"]
 
 
 @pytest.mark.parametrize("silu", [False, True])

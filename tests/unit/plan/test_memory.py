@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ring_train.config import compose
-from ring_train.plan import PlanError, make_memory, make_plan, make_timing, search
-from ring_train.plan.memory import in_flight
+from ring_train.plan import PlanError, footprint, make_memory, make_plan, make_timing, search
+from ring_train.plan.memory import in_flight, rank_rows
 from ring_train.plan.simulation import pass_order, pipeline_seconds
 from tests.unit.plan.configs import tiny
 
@@ -128,3 +128,31 @@ def test_every_layout_of_a_search_is_a_legal_plan_and_none_is_faster() -> None:
         again = [*given_words, "train.eval_interval_steps=0", *layout.overrides]
         plan = make_plan(compose("pretrain", again), 4)
         assert make_timing(plan).step_s == pytest.approx(layout.timing.step_s)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_chunks_of_states_are_those_of_the_kernels(precision: str) -> None:
+    """The plan must not import torch, so it knows their sizes by itself."""
+    import torch
+
+    from ring_train.ops.kernels.lightning_states import chunk_size_for
+    from ring_train.ops.lightning_chunked import CHUNK_SIZE
+
+    x = torch.zeros(1, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    for kernel, chunk in (("torch", CHUNK_SIZE), ("triton", chunk_size_for(x))):
+        words = [f"train.precision={precision}", f"kernels.lightning={kernel}"]
+        plan = make_plan(tiny(*words), 1)
+        rows = rank_rows(plan.config, plan.mesh, plan.batch)
+        assert rows.state_chunk == chunk
+        assert rows.state_element_bytes == (x.element_size() if kernel == "triton" else 4)
+
+
+@given(chunks=st.integers(1, 2000), programs=st.integers(1, 300))
+def test_segments_of_states_are_those_of_the_kernels(chunks: int, programs: int) -> None:
+    from ring_train.ops.kernels import lightning_states
+
+    assert footprint.STATE_PROGRAMS == lightning_states.PROGRAMS
+    assert footprint.STATE_COLUMNS == lightning_states.MAX_COLUMNS
+    segments, _ = lightning_states._segments(chunks, programs)
+    counted = footprint._segments(chunks, programs, footprint.STATE_PROGRAMS)
+    assert counted == (segments if segments > 1 else 0)
