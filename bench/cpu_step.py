@@ -10,7 +10,7 @@ layer dense, then 16 experts of 128 channels, two a token. Contestants, each a p
 
 They step in turn; medians of their CPU time are compared as ratios, which survive a busy machine.
 Other words are overrides of the run of ours, e.g. `kernels=reference`. Writes JSON to
-`output=FILE`; fails if ours reaches less than 0.80 of the speed of plain.
+`output=FILE` and a plot beside it; fails if ours reaches less than 0.80 of the speed of plain.
 """
 
 from __future__ import annotations
@@ -61,11 +61,28 @@ def main(words: list[str]) -> None:
     overrides = [w for w in words if w.split("=", 1)[0] not in ("rounds", "output")]
     results = compare(rounds, overrides)
     output.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results["contestants"], output.with_suffix(".png"))
     ratio = results["ours_over_plain"]
     print(f"ours over plain {ratio:.2f} (at least {LEAST}, aim {AIM}), "
           f"over transformers {results['ours_over_hf']:.2f}")  # fmt: skip
     if ratio < LEAST:
         raise SystemExit(f"missed: {ratio:.2f} of the speed of plain torch, at least {LEAST}")
+
+
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw speed and peak memory of each contestant."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(ncols=2, figsize=(8, 3))
+    labels = {"tokens_per_cpu_s": "tokens a CPU second", "peak_mib": "peak MiB"}
+    for one, (key, label) in zip(axes, labels.items(), strict=True):
+        one.bar([*rows], [row[key] for row in rows.values()])
+        one.set_ylabel(label)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 def compare(rounds: int, overrides: list[str]) -> dict[str, Any]:

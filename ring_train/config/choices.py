@@ -181,7 +181,7 @@ class ExpertKernel(StrEnum):
     """How the routed experts of a rank are multiplied."""
 
     auto = "auto"
-    """Grouped on a GPU, unless experts have adapters; else one by one."""
+    """Grouped, unless experts have adapters or are unusual."""
     sequential = "sequential"
     """One by one."""
     grouped = "grouped"

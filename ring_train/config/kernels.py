@@ -21,7 +21,8 @@ class KernelsConfig:
     lightning: LightningKernel = LightningKernel.auto
     """Of lightning attention."""
     fused: Kernel = Kernel.auto
-    """Of QK-norm with partial RoPE, the gated group norm, the router, and chunks of logits."""
+    """Of QK-norm with partial RoPE, norms, the router, what surrounds the products of grouped
+    experts, and chunks of logits."""
     cross_entropy: CrossEntropyKernel = CrossEntropyKernel.chunked
     """Of lm_head and loss, MTP depths alike."""
     cross_entropy_chunk_tokens: int = 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,8 +13,10 @@ from ring_train.model.experts import check_dispatcher
 from ring_train.model.init import initialise
 from ring_train.model.language_model import HybridLanguageModel
 from ring_train.model.lora import freeze_base
-from ring_train.plan import Phase, Plan
-from ring_train.plan.megatron import make_ddp_config, make_transformer_config
+from ring_train.ops.backends import resolve_backend
+from ring_train.ops.lightning import lightning_backend
+from ring_train.plan import Phase, Plan, PlanError
+from ring_train.plan.megatron import DTYPES, make_ddp_config, make_transformer_config
 
 
 def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
@@ -25,6 +29,7 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
         PlanError: a library or a device that the run needs is not there.
     """
     check_dispatcher(plan.config.kernels)
+    check_backends(plan)
     if plan.config.kernels.transformer_impl is TransformerImpl.transformer_engine:
         from ring_train.model.engine import check_engine
 
@@ -43,6 +48,21 @@ def build_model(plan: Plan, groups: ProcessGroupCollection) -> list[DistributedD
         )
         for i, chunk in enumerate(chunks)
     ]
+
+
+def check_backends(plan: Plan) -> None:
+    """Raise PlanError where a chosen backend does not compute tensors of this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample = torch.empty(0, dtype=DTYPES[plan.config.train.precision], device=device)
+    resolvers: dict[str, Callable[[str, torch.Tensor], str]] = {"fused": resolve_backend}
+    if "lightning" in plan.layers.token_mixers:
+        resolvers["lightning"] = lightning_backend
+    for name, resolve in resolvers.items():
+        backend = getattr(plan.config.kernels, name).value
+        try:
+            resolve(backend, sample)
+        except ValueError as error:
+            raise PlanError([f"kernels.{name}={backend}: {error}"]) from error
 
 
 def enter_phase(model: list[DistributedDataParallel], phase: Phase) -> None:

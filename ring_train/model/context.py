@@ -50,7 +50,7 @@ def context_lightning_attention(
     dtype, scale = compute_dtype(query.dtype), query.shape[2] ** -0.5
     rates = slopes.detach().double()
     has_kernels = lightning_backend(backend, query) != "torch"
-    # torch takes what is widened once; kernels take rows as they are, and the last pieces are wide.
+    # torch takes what is widened once; kernels take rows as they are.
     k, v = (key, value) if has_kernels else (key.to(dtype), value.to(dtype))
     weights = transfer_weights(rates, row.distances, dtype)
     states = _outgoing_states(k, v, rates, row)
@@ -62,7 +62,8 @@ def context_lightning_attention(
             cu_seqlens=documents.cu_seqlens_q,
             lengths=row.lengths,
             scale=scale,
-            initial_state=_initial_states(incoming, row),
+            initial_state=incoming,
+            initial_documents=_first_pieces(row),
             backend=backend,
         )
         return output
@@ -88,18 +89,15 @@ def _outgoing_states(
     key: torch.Tensor, value: torch.Tensor, rates: torch.Tensor, row: ContextRow
 ) -> torch.Tensor:
     """Return [own, n/tp, d, dv]: what the last document of each segment adds to a state."""
-    dtype = compute_dtype(key.dtype)
     sizes = [sum(piece.length for piece in pieces) for pieces in row.pieces]
     lasts = [pieces[-1].length for pieces in row.pieces]
     runs = zip(key.split(sizes), value.split(sizes), lasts, strict=True)
-    return torch.stack([run_state(k[-n:].to(dtype), v[-n:].to(dtype), rates) for k, v, n in runs])
+    return torch.stack([run_state(k[-n:], v[-n:], rates) for k, v, n in runs])
 
 
-def _initial_states(incoming: torch.Tensor, row: ContextRow) -> torch.Tensor:
-    """Return [pieces, n/tp, d, dv] fp32: the incoming state of each first piece, zeros else."""
-    firsts = [0, *accumulate(len(pieces) for pieces in row.pieces)][:-1]
-    states = incoming.new_zeros(len(row.lengths), *incoming.shape[1:], dtype=torch.float32)
-    return states.index_copy(0, torch.tensor(firsts, device=states.device), incoming.float())
+def _first_pieces(row: ContextRow) -> tuple[int, ...]:
+    """Return the number of the first piece of each segment."""
+    return (*accumulate((len(pieces) for pieces in row.pieces[:-1]), initial=0),)
 
 
 def context_softmax_attention(

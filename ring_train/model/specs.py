@@ -16,7 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,17 +28,13 @@ from megatron.core.transformer.transformer_layer import (
 
 from ring_train.config import TransformerImpl
 from ring_train.model.attention import DocumentAttention, GroupedQueryAttention
-from ring_train.model.experts import (
-    Experts,
-    GroupedExperts,
-    MixtureOfExperts,
-    are_grouped,
-)
+from ring_train.model.experts import GroupedExperts, MixtureOfExperts
 from ring_train.model.lightning import LightningAttention
 from ring_train.model.lora import column_parallel, row_parallel
 from ring_train.model.norm import HeadNorm, RMSNorm
 from ring_train.model.router import ExpertRouter
 from ring_train.plan import Plan
+from ring_train.plan.kernels import groups_experts
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
 
 SpecBuilder = Callable[[Plan, TransformerConfig], ModuleSpec]
@@ -146,7 +142,7 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]
             router=partial(
                 ExpertRouter, model=plan.config.model, backend=plan.config.kernels.fused.value
             ),
-            experts=_experts(plan, config),
+            experts=_experts(plan),
             shared_experts=(
                 partial(SharedExpertMLP, submodules=_mlp_submodules(plan, "shared_experts"))
                 if shared
@@ -156,14 +152,14 @@ def moe_spec(plan: Plan, config: TransformerConfig) -> partial[MixtureOfExperts]
     )
 
 
-def _experts(plan: Plan, config: TransformerConfig) -> Any:
+def _experts(plan: Plan) -> Any:
     """Return the builder of the routed experts."""
     engine = _engine(plan)
     if engine is not None:
         return partial(TEGroupedMLP, submodules=engine.expert_submodules())
-    if are_grouped(plan, config):
-        return GroupedExperts
-    return partial(Experts, submodules=_mlp_submodules(plan, "experts"))
+    if groups_experts(plan.config):
+        return partial(GroupedExperts, backend=plan.config.kernels.fused.value)
+    return partial(SequentialMLP, submodules=_mlp_submodules(plan, "experts"))
 
 
 def _mlp_submodules(plan: Plan, part: str) -> MLPSubmodules:

@@ -31,7 +31,8 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
     cu_seqlens: Int[Tensor, " boundaries"],
     lengths: tuple[int, ...] | None = None,
     scale: float | None = None,
-    initial_state: Float[Tensor, "documents n d dv"] | None = None,
+    initial_state: Float[Tensor, "states n d dv"] | None = None,
+    initial_documents: tuple[int, ...] | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -50,7 +51,8 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
         cu_seqlens: [documents + 1], from 0 to t, strictly increasing.
         lengths: host copy of the lengths; spares a sync if cu_seqlens is not on the CPU.
         scale: of the queries, default d ** -0.5.
-        initial_state: state before each document.
+        initial_state: state before each document, or before those that `initial_documents` names.
+        initial_documents: numbers of documents, ascending; the others begin with zeros.
         output_final_state: whether to compute the final states.
         chunk_size: tokens per chunk of torch and Triton, which then choose; changes rounding and
             speed only.
@@ -61,7 +63,8 @@ def lightning_attention(  # noqa: PLR0913 -- the customary arguments of such a k
         raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 or 128")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = LightningInputs(
-        q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state
+        *(q, k, v, slopes, cu_seqlens, lengths, scale),
+        *(initial_state, initial_documents, output_final_state),
     ).checked()
     name = lightning_backend(backend, q)
     if name == "torch":

@@ -30,7 +30,8 @@ def chunked_attention(
     inputs: LightningInputs, chunk_size: int | None
 ) -> tuple[Float[Tensor, "t n dv"], Float[Tensor, "documents n d dv"] | None]:
     """Return what `lightning_attention` does."""
-    q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state = inputs
+    q, k, v, slopes, cu_seqlens, lengths, scale, _, _, output_final_state = inputs
+    initial_state = inputs.initial_states
     assert lengths is not None
     documents = None
     if len(lengths) > 1:

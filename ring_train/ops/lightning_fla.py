@@ -18,7 +18,8 @@ def fla_attention(
     Source: fla-org/flash-linear-attention 0.6.0, `fla/ops/simple_gla/chunk.py`, where `g_gamma` is
     a constant log decay per head. Its `g` must not be used: it also gets a gradient.
     """
-    q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state = inputs
+    q, k, v, slopes, cu_seqlens, lengths, scale, _, _, output_final_state = inputs
+    initial_state = inputs.initial_states
     assert lengths is not None
     simple_gla: Any = importlib.import_module("fla.ops.simple_gla")
     many = len(lengths) > 1

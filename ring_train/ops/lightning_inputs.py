@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,8 +21,18 @@ class LightningInputs(NamedTuple):
     lengths: tuple[int, ...] | None
     """Tokens of each document; not None once checked."""
     scale: float
-    initial_state: Float[Tensor, "documents n d dv"] | None
+    initial_state: Float[Tensor, "states n d dv"] | None
+    initial_documents: tuple[int, ...] | None
+    """Documents that the initial states are of; None: all."""
     output_final_state: bool
+
+    @property
+    def initial_states(self) -> Float[Tensor, "documents n d dv"] | None:
+        """The state before each document, zeros where none is given; None where none is at all."""
+        if self.initial_state is None:
+            return None
+        assert self.lengths is not None
+        return spread_states(self.initial_state, self.initial_documents, len(self.lengths))
 
     def checked(self) -> "LightningInputs":
         """Return these inputs with the lengths of all documents.
@@ -31,8 +42,34 @@ class LightningInputs(NamedTuple):
         """
         check_tokens(self.q, self.k, self.v, self.slopes)
         lengths = document_lengths(self.cu_seqlens, self.q.shape[0], self.lengths)
-        check_state(self.initial_state, (len(lengths), *self.q.shape[1:], self.v.shape[2]))
+        documents = self.initial_documents
+        if documents is not None:
+            _check_documents(documents, len(lengths), self.initial_state)
+        count = len(lengths) if documents is None else len(documents)
+        check_state(self.initial_state, (count, *self.q.shape[1:], self.v.shape[2]))
         return self._replace(lengths=lengths)
+
+
+def spread_states(
+    states: Float[Tensor, "states n d dv"], documents: tuple[int, ...] | None, count: int
+) -> Float[Tensor, "documents n d dv"]:
+    """Return a state for each of `count` documents: those given, and zeros else. Differentiable."""
+    if documents is None:
+        return states
+    given = dict(zip(documents, states.unbind(), strict=True))
+    zeros = states.new_zeros(states.shape[1:])
+    # No index tensor: the host would wait for a copy of it to the device.
+    return torch.stack([given.get(number, zeros) for number in range(count)])
+
+
+def _check_documents(documents: tuple[int, ...], count: int, states: Tensor | None) -> None:
+    if states is None:
+        raise ValueError(f"initial_documents={documents} have no initial_state; give both or none")
+    if list(documents) != sorted({*documents} & {*range(count)}):
+        raise ValueError(
+            f"initial_documents={documents} are not ascending numbers of {count} documents, from "
+            "0; give the document of each initial state once"
+        )
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:

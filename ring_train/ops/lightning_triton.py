@@ -17,7 +17,7 @@ from ring_train.ops.kernels.lightning_states import (
     chunk_size_for,
     make_states,
 )
-from ring_train.ops.lightning_inputs import LightningInputs
+from ring_train.ops.lightning_inputs import LightningInputs, spread_states
 
 
 def triton_attention(
@@ -28,7 +28,7 @@ def triton_attention(
     Raises:
         ValueError: a head dim above 128, or a chunk size that no block has.
     """
-    q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, output_final_state = inputs
+    q, k, v, slopes, cu_seqlens, lengths, scale, initial_state, with_state, with_final = inputs
     assert lengths is not None
     if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
         raise ValueError(
@@ -47,9 +47,10 @@ def triton_attention(
     row = Row(slopes.detach().float(), documents, boundaries, scale, size)
     initial = None if initial_state is None else initial_state.float().contiguous()
     q, k, v = _dense(q), _dense(k), _dense(v)
-    if initial is None and not output_final_state:
+    if initial is None and not with_final:
         return _Attention.apply(q, k, v, row), None
-    return _AttentionWithStates.apply(q, k, v, initial, _Options(row, output_final_state))
+    options = _Options(row, with_final, with_state, len(lengths))
+    return _AttentionWithStates.apply(q, k, v, initial, options)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -60,6 +61,21 @@ def _dense(x: Tensor) -> Tensor:
 class _Options(NamedTuple):
     row: Row
     output_final_state: bool
+    initial_documents: tuple[int, ...] | None
+    num_documents: int
+
+    def spread(self, initial: Tensor | None) -> Tensor | None:
+        """Return a state for each document."""
+        if initial is None:
+            return None
+        return spread_states(initial, self.initial_documents, self.num_documents)
+
+    def gather(self, grad: Tensor | None) -> Tensor | None:
+        """Return the rows of [documents, n, d, dv] of those documents that were given a state."""
+        if grad is None or self.initial_documents is None:
+            return grad
+        chosen = [grad[number] for number in self.initial_documents]
+        return torch.stack(chosen) if chosen else grad[:0]
 
 
 class _Attention(torch.autograd.Function):
@@ -79,24 +95,29 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionWithStates(torch.autograd.Function):
-    """Output and the final states, from initial states; either may be absent."""
+    """Output and the final states, from initial states; either may be absent.
+
+    What is kept of initial states are those given, without the zeros of other documents.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, options: _Options
     ) -> tuple[Tensor, Tensor | None]:
-        row = options.row
+        row, before = options.row, options.spread(initial)
         states, final = make_states(
-            k, v, row, initial=initial, with_final=options.output_final_state, reverse=False
+            k, v, row, initial=before, with_final=options.output_final_state, reverse=False
         )
         _save(ctx, (q, k, v, initial), states, row)
-        return make_output(q, k, v, row, states, initial=initial), final
+        ctx.options = options
+        return make_output(q, k, v, row, states, initial=before), final
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override] -- once_differentiable hides the name of ctx
     def backward(ctx: Any, grad: Tensor, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grad, final_grad), None
+        *grads, initial_grad = _gradients(ctx, grad, final_grad)
+        return *grads, ctx.options.gather(initial_grad), None
 
 
 def _save(
@@ -110,8 +131,9 @@ def _gradients(
     ctx: Any, grad: Tensor, final_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     q, k, v, initial, local, carried = ctx.saved_tensors
+    before = None if initial is None else ctx.options.spread(initial)
     return make_gradients(
-        (q, k, v, initial),
+        (q, k, v, before),
         grad.contiguous(),
         ctx.row,
         States(local, carried, ctx.chunks_per_segment),

@@ -30,6 +30,11 @@ class Permutation:
     counts: Int[Tensor, " e"]
     """int64; rows of each expert."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields, for autograd to keep."""
+        return self.slot, self.rows, self.experts, self.counts
+
 
 @torch.no_grad()
 def make_permutation(routing_map: Bool[Tensor, "t e"], topk: int) -> Permutation:
@@ -106,7 +111,7 @@ def unpermute_tokens(
 def permute_weights(weights: Float[Tensor, "t e"], permutation: Permutation) -> Float[Tensor, " m"]:
     """Return the weight of each row, 0 without a token. Differentiable in `weights`."""
     _check_rows("weights", weights, permutation.rows.shape[0])
-    return _PermuteWeights.apply(weights.gather(1, permutation.experts), permutation)
+    return _PermuteWeights.apply(weights, permutation)
 
 
 def _check_rows(name: str, x: Tensor, rows: int) -> None:
@@ -120,36 +125,42 @@ def _check_rows(name: str, x: Tensor, rows: int) -> None:
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, permutation: Permutation, backend: str) -> Tensor:
-        ctx.permutation, ctx.backend = permutation, backend
+        ctx.backend = backend
+        ctx.save_for_backward(*permutation.tensors)
         return _gathered(x, permutation, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _summed(grads[0], ctx.permutation, ctx.backend), None, None
+        return _summed(grads[0], Permutation(*ctx.saved_tensors), ctx.backend), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, permutation: Permutation, backend: str) -> Tensor:
-        ctx.permutation, ctx.backend = permutation, backend
+        ctx.backend = backend
+        ctx.save_for_backward(*permutation.tensors)
         return _summed(y, permutation, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _gathered(grads[0], ctx.permutation, ctx.backend), None, None
+        return _gathered(grads[0], Permutation(*ctx.saved_tensors), ctx.backend), None, None
 
 
 class _PermuteWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
+        ctx.shape = weights.shape
+        ctx.save_for_backward(*permutation.tensors)
         slot = permutation.slot
-        return weights.flatten()[slot.clamp(min=0)].masked_fill_(slot < 0, 0.0)
+        chosen = weights.gather(1, permutation.experts)  # [t, k]
+        return chosen.flatten()[slot.clamp(min=0)].masked_fill_(slot < 0, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        rows = ctx.permutation.rows
-        return grads[0][rows.clamp(min=0)].masked_fill_(rows < 0, 0.0), None
+        _, rows, experts, _ = ctx.saved_tensors
+        chosen = grads[0][rows.clamp(min=0)].masked_fill_(rows < 0, 0.0)  # [t, k]
+        # Added, because places without an expert name expert 0.
+        return chosen.new_zeros(ctx.shape).scatter_add_(1, experts, chosen), None
 
 
 def _gathered(x: Tensor, permutation: Permutation, backend: str) -> Tensor:

@@ -54,6 +54,10 @@ class Rows:
     """Tokens of the busiest rank's experts over the mean."""
     is_fused: bool
     """Norms, rotation and gates keep their inputs alone, see `ring_train.plan.kernels`."""
+    are_experts_grouped: bool
+    """Routed experts are multiplied in one product, see `ring_train.plan.kernels`."""
+    is_dispatched: bool
+    """megatron's dispatcher moves the tokens of experts."""
     state_chunk: int
     """Tokens of a chunk of lightning attention, of which each keeps one state of every head."""
     state_element_bytes: int
@@ -135,11 +139,12 @@ def gqa_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
     elif model.qk_layernorm:
         wide += query + key
         norms = FP32 * (query + heads + groups) + _upcast(rows, key)
-    gathered = 2 * key * a * t * (mesh.cp - 1)  # keys and values of the other context ranks
+    # Keys and values of all context ranks, instead of this one's rotated key.
+    gathered = (2 * mesh.cp - 1) * key * a * t if mesh.cp > 1 else 0
     return Kept(
         rest=t * (a * wide + norms + (0 if rows.is_fused else _angles(model, rows)))
         + rows.sharded_tokens * a * model.hidden_size,
-        modules={"core_attn": t * (a * query + FP32 * heads)},
+        modules={"core_attn": t * (a * query + FP32 * heads) + gathered},
         transient=t * a * 3 * query + gathered,
     )
 
@@ -164,6 +169,9 @@ def lightning_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
     chunks = -(-t // rows.state_chunk)
     segments = _segments(chunks, heads * -(-d // STATE_COLUMNS), rows.state_programs)
     states = heads * (chunks + segments) * d * d * rows.state_element_bytes
+    if mesh.cp > 1:
+        # The states in which this rank's two segments begin; torch keeps what reads them, too.
+        states += 2 * heads * d * d * FP32 + (0 if rows.state_programs else t * width * FP32)
     return Kept(
         rest=t * per_token + rows.sharded_tokens * a * model.hidden_size,
         modules={"core_attn": states},
@@ -198,12 +206,18 @@ def moe_kept(model: ModelConfig, mesh: Mesh, rows: Rows) -> Kept:
     """Return what the router, routed experts and shared experts keep, at the busiest rank."""
     a, k, h = rows.element_bytes, model.moe_router_topk, model.hidden_size
     experts, t = model.num_moe_experts or 0, rows.sharded_tokens
-    # Router logits and scores in fp32; the chosen ids; the order of all (token, expert) pairs.
-    routing = t * (2 * FP32 * experts + k * (FP32 + INT64) + 2 * FP32 + INT64 * (k + experts))
+    # Router logits in fp32 and which are chosen; not fused, also scores, their sums and the ids.
+    scores = 2 * FP32 * experts + k * (FP32 + INT64) + 2 * FP32
+    if rows.is_fused:  # but the balance loss takes scores of its own
+        scores = (FP32 + 1 + (FP32 if model.moe_aux_loss_coeff else 0)) * experts
+    # The order of all (token, expert) pairs; or the row of each chosen one, and which is in a row.
+    routing = t * (scores + INT64 * (k + (experts if rows.is_dispatched else k)))
     # Tokens of the ranks that share an expert are gathered before it.
     copies = t * k * mesh.etp * (rows.expert_imbalance if mesh.ep > 1 else 1.0)
     inner = model.moe_ffn_hidden_size // mesh.etp
-    routed = round(copies * (a * (h + 6 * inner) + FP32))
+    # Gate and up, and what is computed from them one after the other, or at once.
+    widths = (3 if rows.is_fused else 5) if rows.are_experts_grouped else 6
+    routed = round(copies * (a * (h + widths * inner) + FP32))
     modules = {"moe": routing + routed}
     shared = model.moe_shared_expert_intermediate_size
     if shared:

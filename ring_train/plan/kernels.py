@@ -11,10 +11,17 @@ from ring_train.config import (
     TokenDispatcher,
     TransformerImpl,
 )
+from ring_train.plan.fields import snapshot
 from ring_train.plan.mesh import Mesh
 
 FP8_BLOCK = 128
 """Channels or tokens of a block of the FP8 recipe."""
+UNUSUAL_EXPERTS = (
+    *("fp4", "glu_linear_offset", "activation_func_clamp_value"),
+    *("moe_apply_probs_on_input", "moe_latent_size", "moe_expert_capacity_factor"),
+    *("moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization"),
+)
+"""Fields in model.megatron by which experts, or what they are sent, differ from ours."""
 
 
 def kernel_problems(config: Config, mesh: Mesh) -> list[str]:
@@ -26,12 +33,8 @@ def kernel_problems(config: Config, mesh: Mesh) -> list[str]:
             f"kernels.cross_entropy_chunk_tokens={kernels.cross_entropy_chunk_tokens} is not "
             "positive; choose e.g. 1024, or kernels.cross_entropy=full"
         )
-    grouped = kernels.experts is ExpertKernel.grouped
-    if grouped and any(name.startswith("experts.") for name in config.lora.targets):
-        problems.append(
-            "kernels.experts=grouped has no adapters, but lora.targets names routed experts; "
-            "choose kernels.experts=sequential or auto"
-        )
+    if kernels.experts is ExpertKernel.grouped:
+        problems += _grouped_problems(config)
     flex = kernels.moe_token_dispatcher_type is TokenDispatcher.flex
     if flex and mesh.ep * mesh.etp == 1:
         problems.append(
@@ -54,6 +57,35 @@ def kernel_problems(config: Config, mesh: Mesh) -> list[str]:
             "(model.moe_shared_expert_intermediate_size=null); set it to false"
         )
     return problems
+
+
+def _grouped_problems(config: Config) -> list[str]:
+    problems = []
+    if any(name.startswith("experts.") for name in config.lora.targets):
+        problems.append(
+            "kernels.experts=grouped has no adapters, but lora.targets names routed experts; "
+            "choose kernels.experts=sequential or auto"
+        )
+    return problems + [
+        f"kernels.experts=grouped does not compute model.megatron.{name}="
+        f"{config.model.megatron[name]}; remove it, or choose kernels.experts=sequential or auto"
+        for name in _unusual_fields(config)
+    ]
+
+
+def _unusual_fields(config: Config) -> list[str]:
+    given, defaults = config.model.megatron, snapshot()["fields"]
+    return [name for name in UNUSUAL_EXPERTS if given.get(name, defaults[name]) != defaults[name]]
+
+
+def groups_experts(config: Config) -> bool:
+    """Return whether the routed experts of a rank are multiplied in one product."""
+    chosen = config.kernels.experts
+    if chosen is not ExpertKernel.auto:
+        return chosen is ExpertKernel.grouped
+    targets = [] if config.lora.rank is None else config.lora.targets
+    has_adapters = any(name.startswith("experts.") for name in targets)
+    return not has_adapters and not _unusual_fields(config)
 
 
 def _engine_problems(config: Config) -> list[str]:

@@ -19,10 +19,10 @@ from ring_train.config import (
     Precision,
     RecomputeGranularity,
 )
-from ring_train.config.choices import RecomputeMethod
+from ring_train.config.choices import RecomputeMethod, TransformerImpl
 from ring_train.plan.cost import WEIGHT_BYTES
 from ring_train.plan.footprint import FP32, INT64, STATE_PROGRAMS, Kept, RankWeights, Rows
-from ring_train.plan.kernels import keeps_all_logits, uses_triton
+from ring_train.plan.kernels import groups_experts, keeps_all_logits, uses_triton
 from ring_train.plan.lora import PROJECTIONS
 from ring_train.plan.mesh import Mesh
 from ring_train.plan.mixers import CHANNEL_MIXERS, MTP_MIXERS, TOKEN_MIXERS
@@ -128,12 +128,16 @@ def rank_rows(config: Config, mesh: Mesh, batch: BatchPlan) -> Rows:
     kernels, precision = config.kernels, config.train.precision
     has_kernels = uses_triton(kernels.lightning, precision)
     is_wide = precision is Precision.fp32
+    are_grouped = kernels.transformer_impl is TransformerImpl.local and groups_experts(config)
+    are_apart = mesh.ep * mesh.etp > 1 or kernels.moe_shared_expert_overlap
     return Rows(
         tokens=tokens,
         sharded_tokens=-(-tokens // mesh.tp) if mesh.sequence_parallel else tokens,
         element_bytes=WEIGHT_BYTES[config.train.precision],
         expert_imbalance=config.machine.expert_imbalance,
         is_fused=uses_triton(kernels.fused, precision),
+        are_experts_grouped=are_grouped,
+        is_dispatched=are_apart or not are_grouped,
         # As `chunk_size_for` of ring_train.ops.kernels has it on a Hopper, and torch.
         state_chunk=(32 if is_wide else 128) if has_kernels else 64,
         state_element_bytes=2 if has_kernels and not is_wide else FP32,

@@ -80,9 +80,8 @@ def adapter_gradients(overrides: Sequence[str]) -> dict[str, Any]:
         sums = forward_backward(model, rows, groups.collection, num_domains=1, loss_weights=weights)
         gradients = {}
         for item in local_tensors(model):
-            parameter: Any = item.tensor
-            if parameter.requires_grad:
-                gradients[item.name] = item.shard.gather(parameter.main_grad).clone()
+            if item.owner.requires_grad:
+                gradients[item.name] = item.shard.gather(item.gradient).clone()
         return {
             "losses": [float(sums.lm_loss), *sums.mtp_means().tolist()],
             "margin": min((router.margin for router in routers(model)), default=torch.inf),

@@ -56,7 +56,9 @@ def plain_reference() -> dict[str, Any]:
     from tests.parallel.streams import make_micro_batches
 
     losses = ["model.moe_z_loss_coeff=0", "model.moe_aux_loss_coeff=0"]
-    plan = short_plan([*FIRST_GENERATION, *losses, "train.micro_batch_size=4"])
+    # One by one, so that each weight of an expert is a parameter to differentiate by.
+    words = [*losses, "train.micro_batch_size=4", "kernels.experts=sequential"]
+    plan = short_plan([*FIRST_GENERATION, *words])
     model = short_plan(FIRST_GENERATION).config.model
     with start_runtime(plan) as groups:
         chunk: Any = build_model(plan, groups.collection)[0].module

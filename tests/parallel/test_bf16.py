@@ -62,19 +62,15 @@ def precisions(overrides: list[str]) -> dict[str, Any]:
         for step in range(2):
             rows = make_micro_batches(plan, step, groups.dp_rank)
             train_step(plan, model, optimizer, rows, groups.collection, step=step, num_domains=1)
-        parameters: dict[str, Any] = {
-            item.name: item.tensor
-            for item in local_tensors(model)
-            if isinstance(item.tensor, torch.nn.Parameter)
-        }
+        parameters = [item for item in local_tensors(model) if item.is_parameter]
         parts = optimizer.chained_optimizers
         masters = [p for part in parts for group in part.param_groups for p in group["params"]]
         states = [state for part in parts for state in part.optimizer.state.values()]
         rounded = torch.cat([master.detach().bfloat16().flatten() for master in masters])
-        held = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+        held = torch.cat([item.tensor.detach().flatten() for item in parameters])
         return {
-            "parameters": {parameter.dtype for parameter in parameters.values()},
-            "gradients": {parameter.main_grad.dtype for parameter in parameters.values()},
+            "parameters": {item.tensor.dtype for item in parameters},
+            "gradients": {item.gradient.dtype for item in parameters},
             "masters": {master.dtype for master in masters},
             "moments": {state[key].dtype for state in states for key in ("exp_avg", "exp_avg_sq")},
             "expert_bias": {router.expert_bias.dtype for router in routers(model)},
@@ -84,7 +80,7 @@ def precisions(overrides: list[str]) -> dict[str, Any]:
                 r.expert_bias.equal(r.expert_bias.bfloat16().float()) for r in routers(model)
             ),
             "num_masters": sum(master.numel() for master in masters),
-            "num_parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "num_parameters": sum(item.tensor.numel() for item in parameters),
         }
 
 

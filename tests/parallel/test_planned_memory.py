@@ -13,8 +13,9 @@ import pytest
 from tests.conftest import OnRanks
 from tests.parallel.short_runs import DISTRIBUTED_OPTIMIZER, EP2, PP2, TP2, short_plan
 
-KEPT_TOLERANCE = 0.10
-"""Of the activations of a rank: the goal of the planner for memory as a whole."""
+KEPT_TOLERANCE = 0.03
+"""Of the activations of a rank. Where a piece sees more keys than queries, torch makes a mask of
+them on a CPU (not on a GPU) and keeps it; the plan does not count it."""
 BF16 = ["train.precision=bf16"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
@@ -30,7 +31,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         [*TP2, "parallel.expert_tensor_parallel_size=2"],
     ),
 }
-TRITON = ["kernels.lightning=triton", "kernels.fused=triton", "model.layer_group_size=2"]
+TRITON = [
+    *("kernels.lightning=triton", "kernels.fused=triton", "model.layer_group_size=2"),
+    *("model.num_layers=2", "model.mtp_num_layers=0"),
+]
 """In Triton's interpreter."""
 WIDE = [
     *("model.hidden_size=128", "model.ffn_hidden_size=256", "model.kv_channels=32"),
@@ -149,9 +153,14 @@ def kept(words: list[str]) -> tuple[int, int]:
         (2, TP2),
         (2, [*TP2, "kernels.cross_entropy_chunk_tokens=64", "model.vocab_size=4096"]),
         (2, ["parallel.context_parallel_size=2"]),
-        (1, [*TRITON, "model.num_layers=2", "model.mtp_num_layers=0", "train.seq_length=64"]),
+        (2, ["parallel.context_parallel_size=2", "model.layer_group_size=1"]),
+        (1, [*TRITON, "train.seq_length=64"]),
+        (2, [*TRITON, "train.seq_length=128", "parallel.context_parallel_size=2"]),
     ],
-    ids=["hybrid", "softmax", "without_mtp", "tp2", "tp2_chunks", "cp2", "triton"],
+    ids=[
+        *("hybrid", "softmax", "without_mtp", "tp2", "tp2_chunks", "cp2", "cp2_softmax"),
+        *("triton", "cp2_triton"),
+    ],
 )
 def test_what_is_kept_for_the_backward_pass_is_what_the_mixers_say(
     num_ranks: int, words: list[str], on_ranks: OnRanks

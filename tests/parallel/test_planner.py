@@ -8,6 +8,7 @@ import pytest
 
 from ring_train.plan import make_memory
 from tests.conftest import OnRanks
+from tests.parallel.short_runs import FIRST_GENERATION
 
 TOLERANCE = 0.005
 """Of the bytes kept by a forward; buffers of single bytes a token are left out of the formulas."""
@@ -21,6 +22,8 @@ TRITON = [
     *("model.num_layers=2", "model.layer_group_size=2", "model.mtp_num_layers=0"),
 ]
 """In Triton's interpreter."""
+FUSED = ["kernels.fused=triton", "train.seq_length=70"]
+SEQUENTIAL = "kernels.experts=sequential"
 SILU = "model.linear_silu=true"
 """The kernel that splits heads applies it."""
 
@@ -64,7 +67,12 @@ def held(words: list[str]) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "words",
-    [LONG, [*LONG, *WIDE], [*LONG, *BF16], [*LONG, *WIDE, *BF16], TRITON, [*TRITON, SILU]],
+    [
+        *(LONG, [*LONG, *WIDE], [*LONG, *BF16], [*LONG, *WIDE, *BF16]),
+        *([*LONG, SEQUENTIAL], [*LONG, *WIDE, *BF16, SEQUENTIAL]),
+        *([*LONG, *FIRST_GENERATION], [*FUSED, *FIRST_GENERATION]),
+        *(TRITON, [*TRITON, SILU], FUSED, [*FUSED, *WIDE, SEQUENTIAL]),
+    ],
     ids=" ".join,
 )
 def test_one_rank_keeps_what_is_predicted(on_ranks: OnRanks, words: list[str]) -> None:
@@ -72,3 +80,15 @@ def test_one_rank_keeps_what_is_predicted(on_ranks: OnRanks, words: list[str]) -
     assert found["predicted gradients"] == found["gradients"]
     assert found["predicted weights"] == pytest.approx(found["weights"], rel=0.001)
     assert found["predicted kept"] == pytest.approx(found["kept"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("experts", ["grouped", "sequential"])
+@pytest.mark.parametrize("degree", ["expert_model_parallel_size", "expert_tensor_parallel_size"])
+def test_ranks_that_share_experts_keep_what_is_predicted(
+    degree: str, experts: str, on_ranks: OnRanks
+) -> None:
+    """On average: tokens are not spread evenly over the ranks of their experts."""
+    words = [*LONG, f"parallel.{degree}=2", f"kernels.experts={experts}"]
+    ranks = on_ranks(2, held, words)
+    predicted = ranks[0]["predicted kept"]
+    assert predicted == pytest.approx(sum(r["kept"] for r in ranks) / 2, rel=TOLERANCE)

@@ -28,6 +28,7 @@ COUNTED = {
     "core_attn": "DocumentAttention",
     "mlp": "MLP",
     "moe": "ExpertRouter",
+    "experts": "GroupedExperts",
     "shared_experts": "SharedExpertMLP",
 }
 """Class whose forward a kind of recomputation repeats; megatron repeats a MoE layer from inside."""
@@ -51,9 +52,9 @@ KINDS = {
     "shared_experts": (selective("shared_experts"), {"shared_experts": 5}),
     "all_parts": (
         *(selective("core_attn", "mlp", "moe", "shared_experts"),),
-        {"core_attn": 4, "mlp": 41, "moe": 5, "shared_experts": 10},
+        {"core_attn": 4, "mlp": 1, "moe": 5, "experts": 5, "shared_experts": 10},
     ),
-    "mlp_and_moe": (selective("mlp", "moe"), {"mlp": 41, "moe": 5, "shared_experts": 5}),
+    "mlp_and_moe": (selective("mlp", "moe"), {"mlp": 1, "moe": 5, "shared_experts": 5}),
     "moe_and_shared_experts": (
         *(selective("moe", "shared_experts"),),
         {"moe": 5, "shared_experts": 10},
@@ -92,6 +93,15 @@ def test_one_rank_is_bit_equal(kind: str, found: dict[str, Any], on_ranks: OnRan
         name = COUNTED[part]
         assert result["calls"][name] == found["calls"][name] + extra * micro_batches, part
     assert_same(result, found)
+
+
+def test_experts_one_by_one_are_bit_equal(on_ranks: OnRanks) -> None:
+    base = [*BASE, "kernels.experts=sequential"]
+    plain = on_ranks(1, counted_gradients, base)[0]
+    result = on_ranks(1, counted_gradients, [*base, *selective("moe")])[0]
+    layers, experts, micro_batches = 5, 8, 4
+    assert result["calls"]["MLP"] == plain["calls"]["MLP"] + layers * experts * micro_batches
+    assert_same(result, plain)
 
 
 def assert_same(result: dict[str, Any], reference: dict[str, Any]) -> None:

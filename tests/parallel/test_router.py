@@ -53,7 +53,8 @@ def plain_reference() -> dict[str, Any]:
     from ring_train.runtime.distributed import start_runtime
     from tests.parallel.streams import make_micro_batches
 
-    plan = short_plan([*WHOLE, "model.moe_z_loss_coeff=0"])
+    # One by one, so that each weight of an expert is a parameter to differentiate by.
+    plan = short_plan([*WHOLE, "model.moe_z_loss_coeff=0", "kernels.experts=sequential"])
     coefficient = short_plan(Z_LOSS).config.model.moe_z_loss_coeff
     with start_runtime(plan) as groups:
         chunk: Any = build_model(plan, groups.collection)[0].module

@@ -77,8 +77,9 @@ def run(
 def triton(
     inputs: dict[str, Tensor], lengths: tuple[int, ...], **options: Any
 ) -> dict[str, Tensor]:
-    options = dict[str, Any](dtype=torch.float32, output_final_state=True, chunk_size=32) | options
-    return run(lightning_attention, inputs, lengths, backend="triton", **options)
+    defaults = dict[str, Any](dtype=torch.float32, output_final_state=True, chunk_size=32)
+    defaults |= {"backend": "triton"}
+    return run(lightning_attention, inputs, lengths, **(defaults | options))
 
 
 def recurrent(
@@ -137,6 +138,39 @@ def test_only_initial_or_only_final_states() -> None:
     torch_options["output_final_state"] = True
     expected = run(lightning_attention, inputs, lengths, **torch_options)
     assert_close_by_name(triton(inputs, lengths), expected, RELATIVE_FP32)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("documents", [(0,), (1, 3), (0, 1, 2, 3, 4)])
+def test_initial_states_of_some_documents(documents: tuple[int, ...], backend: str) -> None:
+    """As with zeros for the others."""
+    lengths = (40, 3, 50, 10, 10)
+    inputs = make_inputs(lengths, (16, 8))
+    chosen = list(documents)
+    inputs["initial_state"][[i for i in range(5) if i not in documents]] = 0.0
+    some = inputs | {"initial_state": inputs["initial_state"][chosen]}
+    found = triton(some, lengths, backend=backend, initial_documents=documents)
+    expected = triton(inputs, lengths, backend=backend)
+    expected["grad of initial_state"] = expected["grad of initial_state"][chosen]
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
+def test_of_initial_states_those_given_are_kept() -> None:
+    """A row of many documents, of which one continues another rank's, keeps one."""
+    lengths = (40, 3, 50, 10, 10)
+    inputs = make_inputs(lengths, (16, 8))
+    inputs["initial_state"] = inputs["initial_state"][:1]
+    kept = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        triton(inputs, lengths, initial_documents=(0,), output_final_state=False)
+    assert (1, HEADS, 16, 8) in kept
+    assert (5, HEADS, 16, 8) not in kept
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (24, 100)])

@@ -4,6 +4,8 @@ import pytest
 
 from ring_train.config import compose
 from ring_train.plan import PlanError, make_plan
+from ring_train.plan.kernels import groups_experts
+from tests.unit.plan.configs import tiny
 
 FP8 = [
     "model=tiny",
@@ -52,3 +54,39 @@ def test_fp8_is_refused_where_it_cannot_be(override: str, message: str) -> None:
     world_size = 4 if "parallel" in override else 1
     with pytest.raises(PlanError, match=message):
         plan(override, world_size=world_size)
+
+
+UNUSUAL = ["model.megatron.glu_linear_offset=1.0", "parallel.allow_uncertified=true"]
+ADAPTERS = ("init_from=unused", "model.moe_router_bias_update_rate=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], True),
+        (["kernels.experts=sequential"], False),
+        (["lora=attention", *ADAPTERS], True),
+        (["lora=all", *ADAPTERS], False),
+        (["model.megatron.activation_func_clamp_value=7.0"], False),
+        (["model.megatron.activation_func_clamp_value=0.0"], False),
+        (["model.megatron.moe_latent_size=32"], False),
+        (["model.megatron.moe_expert_capacity_factor=1.5"], False),
+        (["model.megatron.glu_linear_offset=0.0"], True),
+    ],
+    ids=str,
+)
+def test_experts_are_grouped_where_they_can_be(words: list[str], expected: bool) -> None:
+    assert groups_experts(tiny(*words)) is expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora=all", *ADAPTERS], "lora.targets names routed experts; choose"),
+        (UNUSUAL, "does not compute .*glu_linear_offset=1.0; remove"),
+    ],
+)
+def test_grouped_experts_are_refused_where_they_cannot_be(words: list[str], message: str) -> None:
+    make_plan(tiny(*words), 1)
+    with pytest.raises(PlanError, match=message):
+        make_plan(tiny(*words, "kernels.experts=grouped"), 1)
